@@ -1,0 +1,71 @@
+"""What every inference engine is: tokens in, one segment out, and new weights between segments. Must never know a
+message or an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agentgym.policy import SamplingParams, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """The published weights of one version: a safetensors file that the engine can read, names as in the model.
+
+    Example: `WeightUpdate(version=3, path=Path("runs/quickstart/versions/000003.safetensors"))`.
+    """
+
+    version: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, for progress and metrics.
+
+    Example: `EngineStats(policy_version=3, running=40, waiting=8, sampled_tokens=12000, prefilled_tokens=30000,
+    busy_s=4.2)`.
+    """
+
+    policy_version: int
+    running: int
+    waiting: int
+    sampled_tokens: int
+    prefilled_tokens: int
+    busy_s: float  # seconds spent computing
+
+
+class Engine(Protocol):
+    """An inference engine. Law: a segment is sampled under exactly one policy version, and says which."""
+
+    max_context: int  # tokens, prompt and completion together
+    policy_version: int  # the version of the weights now served
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
+        """Samples until a stop token, `max_tokens`, or an interruption.
+
+        An interrupted request answers with what it has (possibly nothing) and `finish_reason="abort"`, also one that
+        arrives while the engine is paused. Raises PromptTooLongError, EngineError or EngineDiedError.
+        """
+        ...
+
+    async def pause(self) -> None:
+        """Interrupts every running request and accepts no other until `resume`; idempotent. Returns when nothing is
+        being computed any more."""
+        ...
+
+    async def load(self, update: WeightUpdate) -> None:
+        """Replaces the weights; only while paused. A failed load leaves the old weights and version served.
+
+        Raises VersionError if `update.version` is not newer than the one served, EngineError if the file does not fit.
+        """
+        ...
+
+    async def resume(self) -> None: ...
+
+    async def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None: ...
