@@ -22,7 +22,43 @@ from agentgym.errors import CheckpointError, VersionError
 _ISSUED = "issued"  # the last number given out; written before the weights, so a crash can burn a number, never reuse it
 
 
-class VersionLog:
+class VersionReader:
+    """Reads the log that another process of the same run keeps (a trainer rank beside rank 0).
+
+    >>> VersionReader(Path("versions")).read(0)["w"]
+    array([0., 0.], dtype=float32)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, version: int) -> bool:
+        return self._file(version).exists()
+
+    def read(self, version: int) -> dict[str, np.ndarray]:
+        """The published weights of `version`. Raises VersionError if it was dropped, CheckpointError if unreadable."""
+        path = self.path(version)
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"policy version {version} cannot be read from {path}: {error}") from error
+
+    def path(self, version: int) -> Path:
+        """The file of `version`. Raises VersionError if the log does not hold it."""
+        if version not in self:
+            raise VersionError(f"policy version {version} is not in the log {self.folder} (it holds {self.versions})")
+        return self._file(version)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The versions that can be read, ascending."""
+        return tuple(sorted(int(path.stem) for path in self.folder.glob("*.safetensors")))
+
+    def _file(self, version: int) -> Path:
+        return self.folder / f"{version:08d}.safetensors"
+
+
+class VersionLog(VersionReader):
     """Full copies of published weights, one safetensors file a version, dropped when nobody holds them.
 
     >>> log = VersionLog(Path("versions"))
@@ -31,9 +67,10 @@ class VersionLog:
     >>> log.hold("service", [0])
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Opens the log in `folder`, which may hold an earlier run's. Raises CheckpointError if it is unusable."""
-        self.folder = folder
+    def __init__(self, folder: Path, first: int = 0) -> None:
+        """Opens the log in `folder`, which may hold an earlier run's; numbers start at `first` or behind the last one
+        issued there. Raises CheckpointError if the folder is unusable."""
+        super().__init__(folder)
         self._holders: dict[str, frozenset[int]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +81,7 @@ class VersionLog:
             written = int(issued.read_text()) if issued.exists() else -1
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the version log {folder} cannot be opened: {error}") from error
-        self._issued = max([written, *self._versions])
+        self._issued = max([first - 1, written, *self._versions])
 
     @property
     def latest(self) -> int | None:
@@ -60,11 +97,8 @@ class VersionLog:
     def stored_bytes(self) -> int:
         return sum(self.path(version).stat().st_size for version in self._versions)
 
-    def path(self, version: int) -> Path:
-        """The file of `version`. Raises VersionError if the log does not hold it."""
-        if version not in self._versions:
-            raise VersionError(f"policy version {version} is not in the log {self.folder} (it holds {self.versions})")
-        return self.folder / f"{version:08d}.safetensors"
+    def __contains__(self, version: int) -> bool:
+        return version in self._versions
 
     def append(self, weights: Mapping[str, np.ndarray]) -> int:
         """Issues the next version for `weights` and returns it once the file is durable. The one before it may be
@@ -73,7 +107,7 @@ class VersionLog:
         Raises CheckpointError (disk full, no permission); then no version was added.
         """
         version = self._issued + 1
-        target = self.folder / f"{version:08d}.safetensors"
+        target = self._file(version)
         partial = target.with_suffix(".partial")
         try:
             _write_durably(self.folder / _ISSUED, str(version).encode())
@@ -88,14 +122,6 @@ class VersionLog:
         self._versions.add(version)
         self._drop_unheld()
         return version
-
-    def read(self, version: int) -> dict[str, np.ndarray]:
-        """The published weights of `version`. Raises VersionError if it was dropped, CheckpointError if unreadable."""
-        path = self.path(version)
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"policy version {version} cannot be read from {path}: {error}") from error
 
     def hold(self, holder: str, versions: Iterable[int]) -> None:
         """Replaces what `holder` refers to; what nobody refers to any more is dropped, except the latest.
@@ -112,7 +138,7 @@ class VersionLog:
     def _drop_unheld(self) -> None:
         held = frozenset[int]().union(*self._holders.values())
         for version in self._versions - held - {self.latest}:
-            self.path(version).unlink(missing_ok=True)
+            self._file(version).unlink(missing_ok=True)
             self._versions.discard(version)
 
 

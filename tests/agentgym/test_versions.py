@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentgym.errors import CheckpointError, VersionError
-from agentgym.versions import VersionLog
+from agentgym.versions import VersionLog, VersionReader
 
 
 def weights(value: int) -> dict[str, np.ndarray]:
@@ -115,3 +115,13 @@ class Holding(RuleBasedStateMachine):
 
 TestHolding = Holding.TestCase
 TestHolding.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+def test_a_reader_follows_the_log_of_another_process(tmp_path):
+    log, reader = VersionLog(tmp_path, first=7), VersionReader(tmp_path)
+    assert log.append(weights(3)) == 7
+    assert 7 in reader
+    np.testing.assert_array_equal(reader.read(7)["w"], weights(3)["w"])
+    log.append(weights(4))
+    with pytest.raises(VersionError, match=r"7 is not in the log .* \(it holds \(8,\)\)"):
+        reader.read(7)
