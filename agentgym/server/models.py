@@ -1,0 +1,51 @@
+"""From a model's name to a folder that transformers loads. Must never know how a model is built.
+
+A name is an entry point of the group `agentgym.models`, whose builder makes (or finds in its cache) the folder; or it
+is the path of a folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from agentgym.errors import InputError, UnavailableError, UnknownNameError
+
+GROUP = "agentgym.models"
+log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Where built models live: `$XDG_CACHE_HOME/agentgym`, by default `~/.cache/agentgym`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentgym"
+
+
+def resolve_model(
+    name: str,
+    env_id: str,
+    seed: int,
+    *,
+    cache: Path | None = None,
+    report: Callable[[str], None] = log.info,
+) -> Path:
+    """The folder of model `name`, built if need be for `env_id` from `seed`; `report` is told what is being done.
+
+    Raises UnknownNameError, with the nearest name, for what is neither a builder nor a folder, and InputError for a
+    folder that holds no model.
+    """
+    builders = {point.name: point for point in entry_points(group=GROUP)}
+    if name in builders:
+        try:
+            build = builders[name].load()
+        except ImportError as error:
+            raise UnavailableError(f"model {name!r} needs {error.name}: pip install 'agentgym-rl[train]'") from error
+        return build(env_id, seed, cache or cache_dir(), report)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UnknownNameError.of("model", name, builders)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {name} holds no config.json; save a model there with save_pretrained")
+    return folder

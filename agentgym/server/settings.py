@@ -1,0 +1,169 @@
+"""The rollout service's configuration. Law: every key here is read by something, and a value that cannot run is
+refused before any work starts.
+
+The trainer's configuration is made of the same sections, so that a person writes each number once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from agentgym.config import Section
+
+
+class ModelSection(Section):
+    """`name` is a model that an `agentgym.models` entry point builds (from `seed`), or a folder that transformers
+    loads."""
+
+    name: str = "tiny"
+    seed: int = 0
+
+
+class EnvSection(Section):
+    """`id` is an environment's registered id or alias; `kwargs` go to its constructor."""
+
+    id: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class RolloutSection(Section):
+    """What is collected, how much of it at once, and how old it may be."""
+
+    group_size: int = 8  # G siblings of one task and seed
+    groups_per_step: int = 16
+    max_staleness: int = 2  # versions between a token's policy and the one that trains on it; 0 = synchronous
+    in_flight: int = 64  # episodes that run at once; the engine's slots are what fills them
+    max_turns: int | None = None  # None: what the environment was registered with
+    max_tokens_per_turn: int = 256
+    max_episode_tokens: int = 2048  # prompt and completions of the whole episode
+    max_episode_s: float = 600.0
+    max_env_call_s: float = 120.0  # one reset or step of an environment that blocks
+    max_retries: int = 2  # times that a failed member of a group is run again
+    stall_warning_s: float = 30.0  # without a finished episode for so long, the log says what each one waits for
+    temperature: float = 1.0
+    seed: int = 0
+
+    @field_validator("group_size")
+    @classmethod
+    def _siblings(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"must be >= 2 for group advantages, got {value}")
+        return value
+
+    @field_validator("groups_per_step", "in_flight", "max_tokens_per_turn", "max_episode_tokens", "max_turns")
+    @classmethod
+    def _at_least_one(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"must be >= 1, got {value}")
+        return value
+
+    @field_validator("max_staleness", "max_retries", "seed")
+    @classmethod
+    def _not_negative(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError(f"must be >= 0, got {value}")
+        return value
+
+    @field_validator("max_episode_s", "max_env_call_s", "stall_warning_s", "temperature")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"must be finite and > 0, got {value}")
+        return value
+
+
+class EngineSection(Section):
+    """The inference engine."""
+
+    kind: Literal["torch"] = "torch"
+    slots: int = 64  # sequences that are decoded together
+    max_context: int | None = None  # tokens of one sequence; None: rollout.max_episode_tokens
+    in_process: bool = False  # True: inside the service, for tests; else in a process of its own
+    threads: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("slots", "threads", "max_context")
+    @classmethod
+    def _at_least_one(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"must be >= 1, got {value}")
+        return value
+
+
+class SandboxSection(Section):
+    """Where environments that run code run it."""
+
+    tier: Literal["auto", "docker", "namespace"] = "auto"
+
+
+class RenderSection(Section):
+    """How messages become tokens."""
+
+    tool_format: str = "auto"
+
+
+class ServerSection(Section):
+    """Where the service listens. Other hosts than the loopback ones demand a key."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: a free one
+    api_key_file: Path | None = None  # the OpenAI surface then asks for the key in it; the trainer's API always has one
+    max_body_mb: int = 16
+
+    @field_validator("port")
+    @classmethod
+    def _port(cls, value: int) -> int:
+        if not 0 <= value <= 65535:
+            raise ValueError(f"must be 0 to 65535, got {value}")
+        return value
+
+    @field_validator("max_body_mb")
+    @classmethod
+    def _body(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"must be >= 1, got {value}")
+        return value
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @model_validator(mode="after")
+    def _key(self) -> ServerSection:
+        if not self.is_loopback and self.api_key_file is None:
+            raise ValueError(f"listening on {self.host} demands server.api_key_file; or listen on 127.0.0.1")
+        return self
+
+
+class ServiceConfig(Section):
+    """Everything that the rollout service is told, the model's folder and the run's folders excepted."""
+
+    env: EnvSection
+    model: ModelSection = ModelSection()
+    rollout: RolloutSection = RolloutSection()
+    engine: EngineSection = EngineSection()
+    sandbox: SandboxSection = SandboxSection()
+    render: RenderSection = RenderSection()
+    server: ServerSection = ServerSection()
+
+    @model_validator(mode="after")
+    def _context(self) -> ServiceConfig:
+        if self.engine.max_context is not None and self.engine.max_context < self.rollout.max_episode_tokens:
+            raise ValueError(
+                f"engine.max_context must be >= rollout.max_episode_tokens ({self.rollout.max_episode_tokens}), "
+                f"got {self.engine.max_context}"
+            )
+        return self
+
+    @property
+    def max_context(self) -> int:
+        return self.engine.max_context or self.rollout.max_episode_tokens
