@@ -50,7 +50,7 @@ def plot_rewards(
     points = [
         (float(row["step"]), float(row["reward_mean"]))
         for row in read_metrics(metrics_path)
-        if "reward_mean" in row and math.isfinite(row["reward_mean"])
+        if isinstance(row.get("reward_mean"), int | float) and math.isfinite(row["reward_mean"])
     ]
     if not points:
         raise InputError(f"{metrics_path} holds no step with a reward_mean to plot")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from agentgym.errors import CheckpointError, InputError
 from agentgym.view.plot import moving_mean, plot_rewards, read_metrics
 
 
-def write(path: Path, rows: list[dict[str, float]], tail: str = "") -> Path:
+def write(path: Path, rows: list[dict[str, Any]], tail: str = "") -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8")
     return path
 
@@ -34,8 +35,10 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         read_metrics(metrics)
 
 
-@pytest.mark.parametrize("rows", [[], [{"step": 1}], [{"step": 1, "reward_mean": float("nan")}]])
-def test_nothing_to_plot_is_an_error(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+@pytest.mark.parametrize(
+    "rows", [[], [{"step": 1}], [{"step": 1, "reward_mean": float("nan")}], [{"step": 1, "reward_mean": None}]]
+)
+def test_nothing_to_plot_is_an_error(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(InputError, match="no step with a reward_mean"):
         plot_rewards(write(tmp_path / "metrics.jsonl", rows), tmp_path / "reward.png")
     assert not (tmp_path / "reward.png").exists()
