@@ -48,7 +48,10 @@ class Engine(Protocol):
         """Samples until a stop token, `max_tokens`, or an interruption.
 
         An interrupted request answers with what it has (possibly nothing) and `finish_reason="abort"`, also one that
-        arrives while the engine is paused. Raises PromptTooLongError, EngineError or EngineDiedError.
+        arrives while the engine is paused. A seeded request draws from a stream that depends on the seed and on the
+        position in the context, so that one resumed behind its partial tokens never draws the same numbers again. A
+        cancelled call frees its place in the batch. Raises PromptTooLongError (prompt + max_tokens > max_context),
+        EngineError or EngineDiedError.
         """
         ...
 

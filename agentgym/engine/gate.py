@@ -1,0 +1,151 @@
+"""The gate between sampling and new weights. Law: a segment is sampled under exactly one policy version.
+
+A publication interrupts every running request, replaces the weights, and lets the requests go on from behind their
+partial tokens. What was sampled before is prefilled again under the new weights, so that no token ever attends to keys
+and values of another version. Must never know a message, or what an engine is made of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agentgym.engine.protocol import Engine, WeightUpdate
+from agentgym.errors import VersionError
+from agentgym.policy import Completion, FinishReason, SamplingParams, Segment
+
+_log = logging.getLogger(__name__)
+
+_RETRY_S = (0.0, 0.005, 0.02, 0.1)  # waits after 1, 2, ... empty answers in a row of an engine that someone else paused
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What one publication cost. Example: `PublishReport(version=3, pause_s=0.012, total_s=0.013)`."""
+
+    version: int
+    pause_s: float  # nothing was sampled for so long
+    total_s: float  # pause_s and the wait for earlier publications
+
+
+class VersionedPolicy:
+    """A policy whose weights change while it is sampling: an engine behind the gate.
+
+    Example: `completion = await VersionedPolicy(engine).complete([5, 9], SamplingParams(max_tokens=8, seed=7))`.
+    """
+
+    def __init__(self, engine: Engine, *, report_after_s: float = 30.0) -> None:
+        self.engine = engine
+        self._report_after_s = report_after_s  # a wait at the closed gate that lasts longer is logged
+        self._published = {engine.policy_version}
+        self._turn = asyncio.Lock()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._closed_for: int | None = None  # the version being published now
+
+    @property
+    def policy_version(self) -> int:
+        """The version that the next segment will be sampled under, if nothing is published before."""
+        return self.engine.policy_version
+
+    async def complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """Samples a completion of `prompt_ids` [P] to its end, over as many versions as are published meanwhile.
+
+        Raises PromptTooLongError, EngineError, EngineDiedError, or VersionError when the engine serves a version that
+        was not published through this gate.
+        """
+        context = list(prompt_ids)
+        segments: list[Segment] = []
+        sampled = 0
+        empty = 0
+        while True:
+            await self._pass(sampled)
+            remaining = params.max_tokens - sampled
+            segment = await self.engine.sample(context, dataclasses.replace(params, max_tokens=remaining))
+            self._check(segment, segments)
+            if segment.token_ids or segment.finish_reason != "abort":
+                segments.append(segment)
+                context += segment.token_ids
+                sampled += len(segment.token_ids)
+                empty = 0
+            ended = _ended(segment, params, sampled)
+            if ended is not None:
+                segments[-1] = dataclasses.replace(segments[-1], finish_reason=ended)
+                return Completion.from_segments(segments)
+            if not segment.token_ids and self._open.is_set():
+                await asyncio.sleep(_RETRY_S[min(empty, len(_RETRY_S) - 1)])
+                empty += 1
+
+    async def publish(self, update: WeightUpdate) -> PublishReport:
+        """Serves `update` from now on; one publication at a time, in the order of the calls.
+
+        Raises VersionError or EngineError, and then the old version goes on being served. A cancelled caller does not
+        stop a publication half-way.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._publish(update)))
+
+    async def _publish(self, update: WeightUpdate) -> PublishReport:
+        asked = time.perf_counter()
+        async with self._turn:
+            if update.version <= self.engine.policy_version:
+                raise VersionError(
+                    f"version {update.version} cannot be published: the engine serves {self.engine.policy_version}, "
+                    "and versions only go up"
+                )
+            closed = time.perf_counter()
+            self._closed_for = update.version
+            self._open.clear()
+            try:
+                await self.engine.pause()
+                try:
+                    await self.engine.load(update)
+                    self._published.add(update.version)
+                finally:
+                    await self.engine.resume()
+            finally:  # also when the engine died: whoever waits shall learn it from the engine
+                self._open.set()
+                self._closed_for = None
+            now = time.perf_counter()
+            return PublishReport(update.version, pause_s=now - closed, total_s=now - asked)
+
+    async def _pass(self, sampled: int) -> None:
+        """Waits at the closed gate, and says in the log what for."""
+        waited_s = 0.0
+        while not self._open.is_set():
+            try:
+                await asyncio.wait_for(self._open.wait(), self._report_after_s)
+            except TimeoutError:
+                waited_s += self._report_after_s
+                _log.warning(
+                    "a completion interrupted after %d tokens has waited %.0f s for version %s to be loaded",
+                    sampled,
+                    waited_s,
+                    self._closed_for,
+                )
+
+    def _check(self, segment: Segment, before: Sequence[Segment]) -> None:
+        version = segment.policy_version
+        if version not in self._published:
+            raise VersionError(
+                f"the engine sampled under version {version}, which was not published here (last: "
+                f"{max(self._published)}); publish only through the gate"
+            )
+        if segment.kv_version > version:
+            raise VersionError(f"the engine reports keys of version {segment.kv_version} under weights of {version}")
+        if before and version < before[-1].policy_version:
+            raise VersionError(f"the engine went back from version {before[-1].policy_version} to {version}")
+
+
+def _ended(segment: Segment, params: SamplingParams, sampled: int) -> FinishReason | None:
+    """Why the completion ends with this segment, or None. An interruption may fall on the very last token."""
+    if segment.finish_reason != "abort":
+        return segment.finish_reason
+    if segment.token_ids and segment.token_ids[-1] in params.stop_token_ids:
+        return "stop"
+    if sampled >= params.max_tokens:
+        return "length"
+    return None
