@@ -1,0 +1,102 @@
+"""From scores to advantages. Must never know a token, a tensor or a model.
+
+Law: a member that is not valid (a failed episode, a verdict that says nothing) is no zero: it is in no baseline, and
+its own advantage does not exist (0.0 and `included` False). A baseline needs at least two valid members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from agentgym.errors import InputError, UnknownNameError
+from agentgym.trajectory import EpisodeStatus, ScoredSequences
+
+AdvantageKind = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
+ADVANTAGES: tuple[str, ...] = get_args(AdvantageKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """The advantages of N trajectories, in their order.
+
+    Example: scores (1, 0, 1, 1) of groups (a, a, b, b), the third not valid, by `group_mean`: values
+    (0.5, -0.5, 0.0, 0.0), included (True, True, False, False), refused_groups ("b",): one valid member is no baseline.
+    """
+
+    values: np.ndarray  # [N] float64, 0.0 where not included
+    included: np.ndarray  # [N] bool
+    refused_groups: tuple[Hashable, ...]  # groups with fewer than two valid members, in order of appearance
+    num_zero_variance_groups: int  # groups whose valid members all earned the same: no gradient from them
+
+
+def compute_advantages(
+    kind: AdvantageKind, scores: Sequence[float], group_ids: Sequence[Hashable], valid: Sequence[bool]
+) -> Advantages:
+    """Advantages of N scores in groups.
+
+    * `group_mean` (the default; Dr.GRPO): s - mean of the group
+    * `group_mean_std` (GRPO): the same divided by the group's sample standard deviation; 0 where that is 0
+    * `leave_one_out` (RLOO): s - mean of the other members = n/(n-1) times `group_mean`
+    * `batch_mean` (REINFORCE with a baseline): s - mean of the whole batch
+    """
+    if kind not in ADVANTAGES:
+        raise UnknownNameError.of("advantage", kind, ADVANTAGES)
+    if not len(scores) == len(group_ids) == len(valid):
+        raise InputError(
+            f"scores, group_ids and valid must be of one length, got {len(scores)}, {len(group_ids)}, {len(valid)}"
+        )
+    score = np.asarray(scores, dtype=np.float64)
+    included = np.asarray(valid, dtype=bool).copy()
+    if not np.isfinite(score[included]).all():
+        raise InputError(f"a valid score must be finite, got {score[included][~np.isfinite(score[included])][0]}")
+    values = np.zeros(len(score))
+    members = _members_by_group(group_ids)
+    refused, zero_variance = [], 0
+    for group_id, indices in members.items():
+        chosen = indices[included[indices]]
+        zero_variance += bool(len(chosen) >= 2 and np.ptp(score[chosen]) == 0.0)
+        if kind == "batch_mean":
+            continue
+        if len(chosen) < 2:
+            refused.append(group_id)
+            included[indices] = False
+        else:
+            values[chosen] = _from_group(kind, score[chosen])
+    if kind == "batch_mean":
+        if included.sum() < 2:
+            refused, included = list(members), np.zeros_like(included)
+        else:
+            values[included] = score[included] - score[included].mean()
+    return Advantages(values, included, tuple(refused), zero_variance)
+
+
+def trajectory_advantages(kind: AdvantageKind, trajectories: Sequence[ScoredSequences]) -> Advantages:
+    """The same from trajectories as the trainer takes them; failed and invalid ones are not included."""
+    return compute_advantages(
+        kind,
+        [trajectory.score for trajectory in trajectories],
+        [trajectory.group_id for trajectory in trajectories],
+        [trajectory.valid and trajectory.status is not EpisodeStatus.FAILED for trajectory in trajectories],
+    )
+
+
+def _members_by_group(group_ids: Sequence[Hashable]) -> dict[Hashable, np.ndarray]:
+    members: dict[Hashable, list[int]] = {}
+    for index, group_id in enumerate(group_ids):
+        members.setdefault(group_id, []).append(index)
+    return {group_id: np.asarray(indices) for group_id, indices in members.items()}
+
+
+def _from_group(kind: AdvantageKind, scores: np.ndarray) -> np.ndarray:
+    centred = scores - scores.mean()
+    if np.ptp(scores) == 0.0:
+        return np.zeros_like(scores)  # the mean of equal numbers may round away from them
+    if kind == "group_mean_std":
+        return centred / scores.std(ddof=1)
+    if kind == "leave_one_out":
+        return centred * len(scores) / (len(scores) - 1)
+    return centred

@@ -1,0 +1,117 @@
+"""The `ewma` anchor: one exponentially weighted copy of the weights (revised PPO-EWMA, arXiv 2110.00641, 2605.12070).
+Must never know the loss.
+
+Law: theta_prox(t) = sum_k beta^(t-k) theta(k) / sum_k beta^(t-k) over published versions k since the last reset, kept
+in fp32; the unit of k is the policy version. It is one global approximation: fresh tokens get spurious ratios from it.
+
+A reset (theta_prox <- theta, w = 1) replaces a version's update when fewer than RESET_BELOW of the tokens stayed
+active. Resets at every step mean engine mismatch, not staleness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agentgym.errors import CheckpointError
+from agentgym_trainer.anchors.protocol import Proximal, require_finite
+from agentgym_trainer.anchors.scoring import frozen_copy
+from agentgym_trainer.batch import MicroBatch
+from agentgym_trainer.logprobs import token_logprobs, unwrap
+
+RESET_BELOW = 0.9  # tau: the active fraction below which the anchor lets its history go
+
+
+def decay_of(mean_lag: float, max_staleness: int) -> float:
+    """beta = W/(W + 2) with W = twice the mean lag, at most max_staleness: the mean age of the average is W/2."""
+    window = min(2.0 * mean_lag, float(max_staleness))
+    return window / (window + 2.0)
+
+
+@torch.no_grad()
+def average_in(average: Tensor, current: Tensor, weight: float, beta: float) -> None:
+    """One bias-corrected step in place, w the weight before it: average <- (beta w/w') average + current/w' with
+    w' = beta w + 1. Elementwise, hence the same on a shard as on the whole. beta 0 gives `current`, bitwise."""
+    if beta == 0.0:
+        average.copy_(current)
+        return
+    new_weight = beta * weight + 1.0
+    average.mul_(beta * weight / new_weight).add_(current.to(average.dtype), alpha=1.0 / new_weight)
+
+
+class EwmaAnchor:
+    """Keeps theta_prox in the module that also does its forward: one copy of the weights and no more."""
+
+    name = "ewma"
+
+    def __init__(
+        self, model: nn.Module, temperature: float, *, max_staleness: int, reset_below: float = RESET_BELOW
+    ) -> None:
+        self._model = model
+        self._temperature = temperature
+        self._max_staleness = max_staleness
+        self._reset_below = reset_below
+        frozen = frozen_copy(model)
+        # fp32: the increments of an average vanish in bf16. Test models in float64 stay as they are.
+        self._average = frozen if next(frozen.parameters()).dtype == torch.float64 else frozen.float()
+        self._weight = 1.0  # w
+        self._age = 0.0  # mean age of theta_prox in versions
+        self._beta = 0.0
+        self._num_resets = 0
+
+    def proximal(
+        self, micro_batches: Sequence[MicroBatch], *, trainer_version: int, reuse_policy: bool
+    ) -> list[Proximal]:
+        return [Proximal(self.score(batch), None) for batch in micro_batches]
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> Tensor:
+        """Logprobs [B, T] of the loss tokens under theta_prox."""
+        logprobs = token_logprobs(self._average, batch, self._temperature).logprobs
+        return require_finite(logprobs, self.name, "the averaged weights")
+
+    @torch.no_grad()
+    def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
+        current = unwrap(self._model)
+        reset = active_fraction < self._reset_below
+        self._beta = 0.0 if reset else decay_of(mean_lag, self._max_staleness)
+        self._num_resets += reset
+        for average, parameter in zip(self._average.parameters(), current.parameters(), strict=True):
+            average_in(average, parameter, self._weight, self._beta)
+        for copied, buffer in zip(self._average.buffers(), current.buffers(), strict=True):
+            copied.copy_(buffer)
+        weight = self._beta * self._weight + 1.0
+        self._age = self._beta * self._weight / weight * (self._age + 1.0)
+        self._weight = weight
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """theta_prox by parameter name."""
+        return dict(self._average.named_parameters())
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "anchor/ewma_age": self._age,
+            "anchor/ewma_beta": self._beta,
+            "anchor/ewma_resets": float(self._num_resets),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weight": self._weight,
+            "age": self._age,
+            "beta": self._beta,
+            "num_resets": self._num_resets,
+            "average": {name: tensor.clone() for name, tensor in self._average.state_dict().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._average.load_state_dict(state["average"])
+            self._weight, self._age, self._beta = state["weight"], state["age"], state["beta"]
+            self._num_resets = state["num_resets"]
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint's ewma anchor does not fit this model: {error}") from error
