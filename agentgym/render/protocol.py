@@ -22,9 +22,10 @@ class Renderer(Protocol):
         split, so it cannot forge a turn."""
         ...
 
-    def parse(self, completion_ids: Sequence[int]) -> Message:
+    def parse(self, completion_ids: Sequence[int], tools: Sequence[ToolSpec]) -> Message:
         """The assistant message that a completion says; for routing only. A malformed tool call becomes a ToolCall
-        that the environment can answer, never an exception."""
+        that the environment can answer, never an exception. `tools` names the arguments where the format of the
+        calls is positional."""
         ...
 
     def bridge(
