@@ -1,0 +1,206 @@
+"""Rank 0's dealings: the rollout service, the version log, the run folder and the person who watches.
+
+Laws: a version is in the log before it is published; the log keeps every version that a buffered, in-flight or
+current token carries; the run folder is complete enough to open at every moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from agentgym.errors import ServiceError
+from agentgym.server.client import ServiceClient, start_service
+from agentgym.server.wire import Batch, Evaluation, ServiceStatus
+from agentgym.trajectory import ScoredSequences
+from agentgym.versions import VersionLog
+from agentgym.view.plot import plot_rewards
+from agentgym.view.progress import TrainProgress
+from agentgym.view.tables import final_table
+from agentgym_trainer.checkpoint import Progress
+from agentgym_trainer.run_folder import RunFolder
+from agentgym_trainer.settings import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where every rank finds what rank 0 keeps.
+
+    Example: `Paths(Path("runs/x/versions"), Path("runs/x/checkpoints"))`.
+    """
+
+    versions: Path
+    checkpoints: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What rank 0 hands to every rank: a batch, and the version of the weights that it meets.
+
+    Example: `Step(Batch("step-000003", ...), trainer_version=3)`.
+    """
+
+    batch: Batch
+    trainer_version: int
+
+    @property
+    def trajectories(self) -> list[ScoredSequences]:
+        return [member for group in self.batch.groups for member in group.members]
+
+    @property
+    def versions(self) -> set[int]:
+        """The policy versions that its loss tokens carry."""
+        rows = (row for member in self.trajectories for row in member.sequences)
+        return {v for row in rows for v, loss in zip(row.policy_versions, row.loss_mask) if loss}
+
+
+class Leader:
+    """Use through `Leader.started`; `begin`, then `next_step` and `publish` in turn, then `finish`."""
+
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, client: ServiceClient, versions: VersionLog, console: Console,
+        watch: TrainProgress,
+    ) -> None:  # fmt: skip
+        self.paths = Paths(versions.folder, folder.checkpoints_path)
+        self._config = config
+        self._folder = folder
+        self._client = client
+        self._versions = versions
+        self._console = console
+        self._watch = watch
+        self._started = time.monotonic()
+        self._served = -1  # the version that the engine serves
+        self._unacknowledged: list[str] = []
+        self._evaluations: dict[int, Evaluation] = {}  # by steps done
+        self._wait_s = 0.0
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, config: TrainConfig, folder: RunFolder, model_folder: Path, console: Console) -> Iterator[Leader]:
+        """Starts the rollout service as a child, or connects to `run.service_url`; ends what it started."""
+        with contextlib.ExitStack() as stack:
+            if config.run.service_url:
+                client = stack.enter_context(ServiceClient(config.run.service_url, config.run.service_key or ""))
+                status = client.wait_ready()
+                versions = VersionLog(Path(status.versions_dir), first=status.policy_version + 1)
+            else:
+                console.print(f"starting the rollout service for {config.env.id} (log: {folder.path}/service.log)")
+                versions = VersionLog(folder.versions_path)
+                service = start_service(config.service(), model_folder, folder.path, folder.versions_path)
+                client = stack.enter_context(service)
+            watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
+            yield cls(config, folder, client, versions, console, watch)
+
+    def begin(self, weights: Mapping[str, np.ndarray], progress: Progress, started: float) -> None:
+        """Brings the engine to `weights`, measures them, and starts collecting."""
+        self._started = started
+        self._folder.forget_metrics_from(progress.step + 1)
+        fresh = self._versions.latest is None and not self._config.run.service_url
+        version = self._versions.append(weights)
+        if fresh:  # version 0 is what the engine was started with
+            self._served = version
+            self._versions.hold("service", [version])
+        else:
+            self._serve(version)
+        if progress.position:
+            self._client.restore(progress.position)
+            self._watch.note(f"resumed after step {progress.step} as policy version {version}")
+        self._evaluate(progress.step, "before")
+        self._client.collect(True)
+
+    def next_step(self) -> Step:
+        """Waits for the next batch and keeps the versions that its tokens carry."""
+        began = time.monotonic()
+        timeout_s = self._config.trainer.batch_timeout_s
+        batch = self._client.take_batch(self._served, timeout_s, on_wait=self._show_wait)
+        self._wait_s = time.monotonic() - began
+        step = Step(batch, self._served)
+        self._versions.hold("batch", step.versions)
+        self._versions.hold("service", batch.live_versions)
+        self._unacknowledged.append(batch.batch_id)
+        return step
+
+    def publish(self, done: int, step: Step, weights: Mapping[str, np.ndarray], metrics: Mapping[str, float]) -> None:
+        """After step `done` (counted from 1): new weights to the log and the engine, figures to the run folder."""
+        began = time.monotonic()
+        pause_s = self._serve(self._versions.append(weights))
+        figures = {
+            **step.batch.metrics,
+            **metrics,
+            "seconds": time.monotonic() - self._started,
+            "time/wait_s": self._wait_s,
+            "time/publish_s": time.monotonic() - began,
+            "time/pause_s": pause_s,
+            "policy_version": float(self._served),
+            "versions/stored": float(len(self._versions.versions)),
+            "versions/stored_mb": self._versions.stored_bytes / 2**20,
+        }
+        every = self._config.evaluation.every
+        if every and done % every == 0 and done < self._config.trainer.steps:
+            evaluation = self._evaluate(done, f"after step {done}")
+            figures["heldout/reward_mean"] = evaluation.mean_reward if evaluation else float("nan")
+        self._folder.log_metrics(done, figures)
+        self._watch.update(done, figures)
+
+    def acknowledge(self) -> None:
+        """A durable checkpoint contains every batch that was taken so far."""
+        for batch_id in self._unacknowledged:
+            self._client.acknowledge(batch_id)
+        self._unacknowledged.clear()
+
+    def finish(self) -> None:
+        """Measures the trained policy and completes the run folder."""
+        self._client.collect(False)
+        self._evaluate(self._config.trainer.steps, "after")
+        evaluations = list(self._evaluations.values())
+        before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+        plot_rewards(
+            self._folder.metrics_path, self._folder.plot_path, title=self._config.env.id,
+            before=before.mean_reward if before else None, after=after.mean_reward if after else None,
+        )  # fmt: skip
+        summary: dict[str, Any] = {
+            "env": self._config.env.id,
+            "model": self._config.model.name,
+            "steps": self._config.trainer.steps,
+            "policy_version": self._served,
+            "reward_before": before.mean_reward if before else None,
+            "reward_after": after.mean_reward if after else None,
+            "success_before": before.success_rate if before else None,
+            "success_after": after.success_rate if after else None,
+            "seconds_total": time.monotonic() - self._started,
+        }
+        self._folder.write_summary(summary)
+        shown = {**summary, "run folder": str(self._folder.path), "plot": str(self._folder.plot_path)}
+        final_table(shown, self._console, title=f"run {self._config.run.name}")
+
+    def _serve(self, version: int) -> float:
+        report = self._client.publish(version, self._versions.path(version))
+        self._served = version
+        self._versions.hold("service", report.live_versions)
+        return report.pause_s
+
+    def _evaluate(self, done: int, when: str) -> Evaluation | None:
+        section = self._config.evaluation
+        if section.episodes == 0:
+            return None
+        evaluation = self._client.evaluate(
+            section.episodes, "heldout", section.temperature, self._config.run.seed, on_wait=self._show_wait
+        )
+        if evaluation.valid == 0:
+            raise ServiceError(f"none of {evaluation.episodes} held-out episodes could be scored; see service.log")
+        self._evaluations[done] = evaluation
+        self._watch.note(
+            f"held-out {when}: reward {evaluation.mean_reward:.3f}, success {evaluation.success_rate:.3f} "
+            f"({evaluation.valid} episodes, {evaluation.failed} failed, temperature {section.temperature:g})"
+        )
+        return evaluation
+
+    def _show_wait(self, status: ServiceStatus) -> None:
+        self._watch.note(f"waiting: {status.evaluating or status.waiting_for}")

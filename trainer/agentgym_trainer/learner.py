@@ -1,0 +1,212 @@
+"""What one batch does to the weights: advantages, rows, proximal logprobs, loss, optimizer. Must never know the
+rollout service.
+
+Law: with any number of ranks and any cut into micro-batches, the gradient is that of the whole step: the sum over all
+loss tokens divided by their original number over all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+
+from agentgym.errors import InputError, TrainingError
+from agentgym.trajectory import ScoredSequences
+from agentgym_trainer.advantages import trajectory_advantages
+from agentgym_trainer.anchors import Proximal, VersionSource, make_anchor
+from agentgym_trainer.batch import MicroBatch, StepRows, build_micro_batches, collect_rows
+from agentgym_trainer.correction import Correction
+from agentgym_trainer.logprobs import token_logprobs, unwrap
+from agentgym_trainer.loss import decoupled_loss
+from agentgym_trainer.metrics import StepMetrics, trajectory_metrics
+from agentgym_trainer.settings import LossSection, TrainConfig
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """One process, or one of those that `accelerate launch` started; CPU where there is no GPU."""
+    trainer = config.trainer
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        torch.set_num_threads(trainer.threads)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if trainer.dtype == "bfloat16" else "no",
+        log_with=list(trainer.trackers) or None,
+        project_dir=str(config.run.dir / config.run.name),
+    )
+    if trainer.trackers:
+        accelerator.init_trackers("agentgym", config={"run": config.run.name, "env": config.env.id})
+    return accelerator
+
+
+def load_model(folder: Path, config: TrainConfig) -> PreTrainedModel:
+    """The causal language model in `folder`, fp32 masters. Raises InputError if transformers cannot load it."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.name: {folder} does not hold a causal language model: {error}") from error
+    if config.trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+class Learner:
+    """Model, optimizer, schedule and anchor of this rank."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: PreTrainedModel, config: TrainConfig, versions: VersionSource
+    ) -> None:
+        self._accelerator = accelerator
+        self._config = config
+        trainer = config.trainer
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=trainer.learning_rate, betas=trainer.betas, weight_decay=trainer.weight_decay
+        )
+        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._schedule: LRScheduler = get_scheduler(
+            trainer.schedule, optimizer, num_warmup_steps=trainer.warmup_steps,
+            num_training_steps=trainer.steps * trainer.updates_per_batch,
+        )  # fmt: skip
+        accelerator.register_for_checkpointing(self._schedule)
+        self._anchor = make_anchor(
+            trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
+            max_staleness=config.rollout.max_staleness,
+        )  # fmt: skip
+        self._correction = correction_of(config.loss)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The model without wrappers."""
+        return cast(PreTrainedModel, unwrap(self._model))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside model, optimizer and schedule."""
+        return self._anchor.state_dict()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._anchor.load_state_dict(state)
+
+    def learn(self, trajectories: Sequence[ScoredSequences], trainer_version: int) -> dict[str, float]:
+        """One batch: `updates_per_batch` optimizer steps. Returns metrics over all ranks; every rank calls it.
+
+        Raises TrainingError for a gradient that is not finite; then the weights are as before.
+        """
+        began = time.perf_counter()
+        trainer = self._config.trainer
+        metrics = StepMetrics()
+        updates = [self._rows(part) for part in _split(trajectories, trainer.updates_per_batch)]
+        updates = [rows for rows in updates if rows.num_loss_tokens]
+        if not updates:
+            raise TrainingError(f"none of the batch's {len(trajectories)} trajectories has a token to learn from")
+        batches = [self._micro_batches(rows) for rows in updates]
+        flat = [batch for part in batches for batch in part]
+        proximal = self._anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
+        scored_s = time.perf_counter() - began
+        norms = []
+        for rows, part in zip(updates, batches):
+            metrics.merge(self.accumulate(rows, part, proximal[: len(part)], trainer_version))
+            proximal = proximal[len(part) :]
+            norms.append(self._step())
+        metrics = self._over_ranks(metrics)
+        self._anchor.published(trainer_version + 1, active_fraction=metrics.active_fraction, mean_lag=metrics.mean_lag)
+        whole = updates[0] if len(updates) == 1 else self._rows(trajectories)
+        return {
+            **metrics.finalise(),
+            **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
+            **self._anchor_metrics(),
+            "gradient_norm": sum(norms) / len(norms),
+            "learning_rate": self._schedule.get_last_lr()[0],
+            "time/anchor_s": scored_s,
+            "time/train_s": time.perf_counter() - began,
+        }
+
+    def _rows(self, trajectories: Sequence[ScoredSequences]) -> StepRows:
+        limit = self._config.trainer.max_sequence_tokens or self._config.max_context
+        advantages = trajectory_advantages(self._config.trainer.advantages, trajectories)
+        return collect_rows(trajectories, advantages, max_seq_len=limit)
+
+    def _micro_batches(self, rows: StepRows) -> list[MicroBatch]:
+        accelerator = self._accelerator
+        batches = build_micro_batches(
+            rows.rows, max_tokens=self._config.trainer.micro_batch_tokens, rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )  # fmt: skip
+        return [batch.to(accelerator.device) for batch in batches]
+
+    def accumulate(
+        self, rows: StepRows, batches: Sequence[MicroBatch], proximal: Sequence[Proximal], trainer_version: int
+    ) -> StepMetrics:
+        """Adds the gradient of one optimizer step to the parameters; ranks agree on it at the end."""
+        section = self._config.loss
+        metrics = StepMetrics()
+        for number, (batch, anchor) in enumerate(zip(batches, proximal, strict=True)):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
+                policy = token_logprobs(
+                    self._model, batch, self._config.rollout.temperature,
+                    with_entropy=section.entropy_coefficient != 0.0,
+                )  # fmt: skip
+                loss, terms = decoupled_loss(
+                    policy.logprobs, anchor.resolve(policy.logprobs), batch.behavior_logprobs, batch.advantages,
+                    batch.loss_mask, correction=self._correction, clip_low=section.clip_low,
+                    clip_high=section.clip_high, entropy=policy.entropy,
+                    entropy_coefficient=section.entropy_coefficient,
+                    denominator=rows.num_loss_tokens / self._accelerator.num_processes,  # ranks average gradients
+                )  # fmt: skip
+                self._accelerator.backward(loss)
+            metrics.add(terms, batch, trainer_version=trainer_version)
+        return metrics
+
+    def _step(self) -> float:
+        """Clips and applies the gradient; returns its norm before clipping."""
+        norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._config.trainer.max_grad_norm))
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad()
+            raise TrainingError(f"the gradient's norm is {norm}; lower trainer.learning_rate or look at the metrics")
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def _over_ranks(self, metrics: StepMetrics) -> StepMetrics:
+        accelerator = self._accelerator
+        if accelerator.num_processes == 1:
+            return metrics
+        sums = accelerator.reduce(metrics.sums.to(accelerator.device), "sum")
+        maxima = accelerator.gather(metrics.maxima[None].to(accelerator.device))
+        return StepMetrics.of(cast(torch.Tensor, sums), cast(torch.Tensor, maxima).amax(0))
+
+    def _anchor_metrics(self) -> dict[str, float]:
+        """Counts add over ranks; the other figures are equal on all."""
+        figures = self._anchor.metrics()
+        counts = sorted(name for name in figures if name.startswith("anchor/num_"))
+        if counts and self._accelerator.num_processes > 1:
+            own = torch.tensor([figures[name] for name in counts], device=self._accelerator.device)
+            total = cast(torch.Tensor, self._accelerator.reduce(own, "sum"))
+            figures |= dict(zip(counts, total.tolist()))
+        return figures
+
+
+def correction_of(section: LossSection) -> Correction:
+    """The handling of r_d that the configuration names."""
+    bounds = {"token_mask": section.token_mask_c, "token_truncate": section.token_truncate_max, "none": 1.0}
+    return Correction(section.correction, bounds[section.correction])
+
+
+def _split(trajectories: Sequence[ScoredSequences], num_parts: int) -> list[list[ScoredSequences]]:
+    """Whole groups dealt to `num_parts` updates."""
+    parts: list[list[ScoredSequences]] = [[] for _ in range(num_parts)]
+    part_of: dict[str, int] = {}
+    for trajectory in trajectories:
+        part = part_of.setdefault(trajectory.group_id, len(part_of) % num_parts)
+        parts[part].append(trajectory)
+    return parts

@@ -1,0 +1,73 @@
+"""The training loop: take a batch, learn from it, publish the weights, write down what happened.
+
+Law: every rank runs these lines; only rank 0 has a `Leader`, which talks to the rollout service. A batch is
+acknowledged once a durable checkpoint contains its update. What a step does to the weights is `learner.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from agentgym.server.models import resolve_model
+from agentgym.versions import VersionReader
+from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from agentgym_trainer.exchange import BatchExchange
+from agentgym_trainer.leader import Leader
+from agentgym_trainer.learner import Learner, load_model, make_accelerator
+from agentgym_trainer.preflight import check
+from agentgym_trainer.publish import published_weights, save_model
+from agentgym_trainer.run_folder import RunFolder
+from agentgym_trainer.settings import TrainConfig
+
+
+def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
+    """Runs `config` to its last step, or continues the run in the folder `resume`. Every rank calls it.
+
+    Raises InputError before any work starts, and the typed errors of service, versions and checkpoints at work.
+    """
+    started = time.monotonic()
+    check(config)
+    accelerator = make_accelerator(config)
+    set_seed(config.run.seed)
+    console = Console(stderr=True, quiet=not accelerator.is_main_process)
+    with accelerator.main_process_first():
+        model_folder = resolve_model(config.model.name, config.env.id, config.model.seed, report=console.print)
+    exchange = BatchExchange(accelerator)
+    with contextlib.ExitStack() as stack:
+        leader = None
+        folder = None
+        if accelerator.is_main_process:
+            folder = resume or RunFolder.create(config)
+            leader = stack.enter_context(Leader.started(config, folder, model_folder, console))
+        paths = exchange.share("paths", leader.paths if leader else None)
+        learner = Learner(accelerator, load_model(model_folder, config), config, VersionReader(paths.versions))
+        progress, anchor_state = Progress(0, 0, {}, 0.0), None
+        if resume is not None and (checkpoints := list_checkpoints(paths.checkpoints)):
+            progress, anchor_state = load_checkpoint(accelerator, checkpoints[-1])
+            learner.load_state(anchor_state)
+        if leader:
+            leader.begin(published_weights(learner.module), progress, started - progress.seconds)
+        for number in range(progress.step, config.trainer.steps):
+            step = exchange.share(f"step/{number}", leader.next_step() if leader else None)
+            metrics = learner.learn(step.trajectories, step.trainer_version)
+            if leader:
+                leader.publish(number + 1, step, published_weights(learner.module), metrics)
+            if _is_due(number + 1, config):
+                seconds = time.monotonic() - started + progress.seconds
+                now = Progress(number + 1, step.trainer_version + 1, step.batch.data_position, seconds)
+                keep = config.trainer.keep_checkpoints
+                save_checkpoint(accelerator, paths.checkpoints, now, learner.state(), keep)
+                if leader:
+                    leader.acknowledge()
+        if leader and folder:
+            save_model(learner.module, model_folder, folder.model_path)
+            leader.finish()
+    accelerator.end_training()
+
+
+def _is_due(steps_done: int, config: TrainConfig) -> bool:
+    return steps_done % config.trainer.checkpoint_every == 0 or steps_done == config.trainer.steps

@@ -1,0 +1,23 @@
+"""What can be known to be wrong before any work starts. Raises InputError and its kin, nothing else."""
+
+from __future__ import annotations
+
+import torch
+
+from agentgym.errors import UnavailableError
+from agentgym_trainer.settings import TrainConfig
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses what this machine cannot run."""
+    if config.trainer.dtype == "bfloat16" and not torch.cuda.is_available() and not cpu_has_bfloat16():
+        raise UnavailableError(
+            "trainer.dtype=bfloat16 needs a GPU or a CPU with AVX512-BF16 or AMX: matrix products would be hundreds of "
+            "times slower here; use trainer.dtype=float32"
+        )
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    supported = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(probe() for probe in supported if probe is not None)

@@ -1,0 +1,107 @@
+"""The folder that a run leaves behind: what it was asked, what it measured, what it learned.
+
+runs/quickstart/config.toml       the resolved configuration; `agentgym train` takes it as it is
+                metrics.jsonl     one line a step
+                summary.json      the figures of the whole run
+                reward.png        reward against steps, held-out success before and after
+                trajectories/     one file a step (written by the rollout service)
+                versions/         published weights that something still refers to
+                checkpoints/      what `--resume` continues from
+                model/            the trained model, in the layout that transformers loads
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from agentgym.errors import CheckpointError, ConfigError
+from agentgym_trainer.settings import TrainConfig
+
+
+class RunFolder:
+    """Paths of one run, and the writing of its small files. Raises CheckpointError when the disk refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+        self.plot_path = path / "reward.png"
+        self.versions_path = path / "versions"
+        self.checkpoints_path = path / "checkpoints"
+        self.model_path = path / "model"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> RunFolder:
+        """A fresh folder for `config`; one of an earlier run under the name is kept beside it."""
+        path = config.run.dir / config.run.name
+        try:
+            if path.exists():
+                made = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+                path.rename(_free_name(path.with_name(f"{path.name}-{made}")))
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"the run folder {path} cannot be made: {error.strerror}") from error
+        folder = cls(path)
+        folder._write(path / "config.toml", tomli_w.dumps(_without_none(config.model_dump(mode="json"))))
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of a run to resume. Raises ConfigError if it is none."""
+        if not (path / "config.toml").is_file():
+            raise ConfigError(f"cannot resume {path}: it holds no config.toml; give the folder of a run")
+        return cls(path)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line; non-finite values are written as null, which JSON has."""
+        row = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.metrics_path} cannot be written: {error.strerror}") from error
+
+    def forget_metrics_from(self, step: int) -> None:
+        """Cuts the lines of steps that a resumed run does again."""
+        if not self.metrics_path.exists():
+            return
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        self._write(self.metrics_path, "".join(line for line in lines if json.loads(line)["step"] < step))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._write(self.summary_path, json.dumps(summary, indent=2) + "\n")
+
+    def _write(self, path: Path, text: str) -> None:
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _free_name(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: a key that is not set is left out, which reads back as its default."""
+    if isinstance(value, dict):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return value
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None

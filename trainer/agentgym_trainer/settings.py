@@ -1,0 +1,109 @@
+"""Everything a training run is configured by: the rollout service's sections and the trainer's own.
+
+One TOML file holds both, because `agentgym train` starts the service from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from agentgym.config import Section
+from agentgym.server.settings import ServiceConfig
+
+AnchorName = Literal["auto", "snapshot", "ewma", "resident", "behavior"]
+AdvantageName = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
+
+
+class RunSection(Section):
+    """Where a run lives. An earlier run under the same name is kept, renamed with the time it was made."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    service_url: str | None = None  # connect to a running service instead of starting one
+    service_key: str | None = None
+
+
+class LossSection(Section):
+    """The decoupled objective. Whoever sees healthy tokens masked raises `token_mask_c`; whoever trains on one
+    version only (max_staleness=0) can turn the correction off."""
+
+    correction: Literal["token_mask", "token_truncate", "none"] = "token_mask"
+    token_mask_c: float = Field(default=2.0, gt=1.0)
+    token_truncate_max: float = Field(default=2.0, gt=0.0)
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(default=0.28, gt=0.0)
+    entropy_coefficient: float = Field(default=0.0, ge=0.0)
+
+
+class TrainerSection(Section):
+    """The optimizer's side of a run."""
+
+    steps: int = Field(default=100, ge=1)
+    learning_rate: float = Field(default=1e-5, gt=0.0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    advantages: AdvantageName = "group_mean"
+    anchor: AnchorName = "auto"
+    updates_per_batch: int = Field(default=1, ge=1)  # optimizer steps per publication
+    micro_batch_tokens: int = Field(default=16_384, ge=1)
+    max_sequence_tokens: int | None = None  # longer rows are left out and counted; default: the engine's max_context
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = Field(default=1, ge=1)  # compute threads per trainer process on a CPU
+    checkpoint_every: int = Field(default=50, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    batch_timeout_s: float = Field(
+        default=1800.0, gt=0.0
+    )  # without one batch for so long the run ends, saying what it saw
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # through Accelerate
+
+
+class EvaluationSection(Section):
+    """Held-out evaluation before and after training, and every `every` steps (0: not in between)."""
+
+    episodes: int = Field(default=256, ge=0)  # 0: none
+    temperature: float = Field(default=1.0, ge=0.0)
+    every: int = Field(default=0, ge=0)
+
+
+class TrainConfig(ServiceConfig):
+    """A whole run. Example: configs/quickstart.toml."""
+
+    run: RunSection = RunSection()
+    trainer: TrainerSection = TrainerSection()
+    loss: LossSection = LossSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, values: Any) -> Any:
+        """`run.seed` is the seed of what names none of its own."""
+        if not isinstance(values, dict) or not isinstance(values.get("run", {}), dict):
+            return values
+        seed = values.get("run", {}).get("seed", 0)
+        seeded = {
+            name: {"seed": seed, **values.get(name, {})}
+            for name in ("model", "rollout")
+            if isinstance(values.get(name, {}), dict)
+        }
+        return {**values, **seeded}
+
+    @model_validator(mode="after")
+    def _groups_fill_updates(self) -> TrainConfig:
+        if self.rollout.groups_per_step < self.trainer.updates_per_batch:
+            raise ValueError(
+                f"trainer.updates_per_batch ({self.trainer.updates_per_batch}) must be <= "
+                f"rollout.groups_per_step ({self.rollout.groups_per_step}): each update needs a group"
+            )
+        return self
+
+    def service(self) -> ServiceConfig:
+        """The sections that the rollout service is started with."""
+        return ServiceConfig(**{name: getattr(self, name) for name in ServiceConfig.model_fields})
