@@ -193,8 +193,11 @@ def _properties(name: str, tools: Sequence[ToolSpec]) -> Mapping[str, Any]:
 def _typed(text: str, schema: Any) -> Any:
     """The value that `text` stands for under its schema; the text itself where it is none, for the environment to
     refuse."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind in (None, "string"):
+    choices = [schema, *schema.get("anyOf", ())] if isinstance(schema, Mapping) else []
+    kinds = {choice.get("type") for choice in choices if isinstance(choice, Mapping)} - {None}
+    if "string" in kinds and not ("null" in kinds and text == "null"):
+        return text
+    if not kinds and text in (schema.get("enum", ()) if isinstance(schema, Mapping) else ()):
         return text
     try:
         return _DECODER.decode(text)
