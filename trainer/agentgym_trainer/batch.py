@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -156,8 +157,7 @@ def build_micro_batches(
     mine = [_share(deal, turn, rank, world_size) for turn, deal in enumerate(deals)]
     cuts = plan_cuts(longest, max_tokens)
     return [
-        _assemble(rows, [index for index in mine[start:stop] if index is not None])
-        for start, stop in zip(cuts[:-1], cuts[1:])
+        _assemble(rows, [index for index in mine[start:stop] if index is not None]) for start, stop in pairwise(cuts)
     ]
 
 

@@ -58,6 +58,11 @@ def token_logprobs(
     return TokenLogprobs(logprobs, blank.masked_scatter(mask, entropy))
 
 
+def logprob_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of `token_logprobs` under this model: fp32, or float64 for a float64 model."""
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside data-parallel and compile wrappers."""
     while True:

@@ -7,7 +7,7 @@ their last v-token, go through a forward for v; the version that equals the trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from agentgym_trainer.anchors.ewma import EwmaAnchor
 from agentgym_trainer.anchors.protocol import Proximal, VersionSource, require_finite
 from agentgym_trainer.anchors.scoring import ScoringModel
 from agentgym_trainer.batch import MicroBatch
-from agentgym_trainer.logprobs import token_logprobs
+from agentgym_trainer.logprobs import logprob_dtype, token_logprobs
 
 
 class SnapshotAnchor:
@@ -40,28 +40,26 @@ class SnapshotAnchor:
     def proximal(
         self, micro_batches: Sequence[MicroBatch], *, trainer_version: int, reuse_policy: bool
     ) -> list[Proximal]:
-        logprobs = [torch.zeros_like(batch.behavior_logprobs) for batch in micro_batches]
+        dtype = logprob_dtype(self._model)
+        logprobs = [torch.zeros_like(batch.behavior_logprobs, dtype=dtype) for batch in micro_batches]
         present = sorted({int(v) for batch in micro_batches for v in batch.policy_versions[batch.loss_mask].unique()})
-        counts = {"num_fallbacks": 0, "num_exact": 0, "num_scored_tokens": 0}
+        gone: set[int] = set()
+        num_scored_tokens = 0
         for version in present:
             if version == trainer_version and reuse_policy:
                 continue
-            exact = version == trainer_version or self._load(version)
+            if version != trainer_version and not self._load(version):
+                gone.add(version)
             for batch, target in zip(micro_batches, logprobs):
                 mask = batch.loss_mask & (batch.policy_versions == version)
-                if not bool(mask.any()):
-                    continue
-                counts["num_scored_tokens"] += self._score_into(target, batch, mask, version, trainer_version, exact)
-                counts["num_fallbacks"] += 0 if exact else int(mask.sum())
-        result = []
-        for batch, scored in zip(micro_batches, logprobs):
-            own = batch.loss_mask & (batch.policy_versions == trainer_version) if reuse_policy else None
-            fresh_kv = batch.loss_mask & (batch.kv_versions == batch.policy_versions)
-            counts["num_exact"] += int(fresh_kv.sum())
-            result.append(Proximal(scored, own))
-        counts["num_exact"] = max(0, counts["num_exact"] - counts["num_fallbacks"])
-        self._counts = {f"anchor/{name}": float(value) for name, value in counts.items()}
-        return result
+                if bool(mask.any()):
+                    scorer = self._scorer(version, trainer_version, version in gone)
+                    num_scored_tokens += self._score_into(target, batch, mask, scorer, version)
+        self._counts = {**_count_exact(micro_batches, gone), "anchor/num_scored_tokens": float(num_scored_tokens)}
+        return [
+            Proximal(scored, batch.loss_mask & (batch.policy_versions == trainer_version) if reuse_policy else None)
+            for batch, scored in zip(micro_batches, logprobs)
+        ]
 
     def _load(self, version: int) -> bool:
         """Swaps in `version`; False if it is gone and there is a fallback."""
@@ -74,21 +72,22 @@ class SnapshotAnchor:
         self._scoring.load(weights, version)
         return True
 
+    def _scorer(self, version: int, trainer_version: int, gone: bool) -> Callable[[MicroBatch], Tensor]:
+        if gone:
+            assert self._fallback is not None
+            return self._fallback.score
+        if version == trainer_version:
+            return lambda part: token_logprobs(self._model, part, self._temperature).logprobs
+        return self._scoring.score
+
     def _score_into(
-        self, target: Tensor, batch: MicroBatch, mask: Tensor, version: int, trainer_version: int, exact: bool
+        self, target: Tensor, batch: MicroBatch, mask: Tensor, scorer: Callable[[MicroBatch], Tensor], version: int
     ) -> int:
         """Writes the logprobs of the tokens in `mask` into `target`; returns the size of the forward."""
         rows = mask.any(-1).nonzero(as_tuple=True)[0]
         num_columns = int(mask.any(0).nonzero()[-1]) + 1
         part = batch.select(rows, num_columns, loss_mask=mask)
-        if not exact:
-            assert self._fallback is not None
-            scored = self._fallback.score(part)
-        elif version == trainer_version:
-            scored = token_logprobs(self._model, part, self._temperature).logprobs
-        else:
-            scored = self._scoring.score(part)
-        require_finite(scored, self.name, f"the weights of version {version}")
+        scored = require_finite(scorer(part), self.name, f"the weights of version {version}")
         target[mask] = scored[part.loss_mask].to(target.dtype)
         return part.num_tokens
 
@@ -105,3 +104,15 @@ class SnapshotAnchor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._fallback is not None:
             self._fallback.load_state_dict(state)
+
+
+def _count_exact(micro_batches: Sequence[MicroBatch], gone: set[int]) -> dict[str, float]:
+    """Tokens scored by a fallback, and tokens scored exactly. A token that attended to an older version's KV entries
+    was sampled from no single version's distribution, so its logprob is not called exact."""
+    num_fallbacks = num_exact = 0
+    for batch in micro_batches:
+        missing = torch.isin(batch.policy_versions, torch.tensor(sorted(gone), dtype=torch.int64, device=batch.policy_versions.device))
+        fresh_kv = batch.kv_versions >= batch.policy_versions
+        num_fallbacks += int((batch.loss_mask & missing).sum())
+        num_exact += int((batch.loss_mask & ~missing & fresh_kv).sum())
+    return {"anchor/num_fallbacks": float(num_fallbacks), "anchor/num_exact": float(num_exact)}
