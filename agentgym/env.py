@@ -193,6 +193,7 @@ class ToolEnv(AgentEnv):
     calls_per_message: ClassVar[int | None] = None  # calls above it are refused; a game with a turn limit says 1
 
     _bindings: ClassVar[Mapping[str, ToolBinding]] = {}
+    _tool_errors: int = 0  # calls of this step that were answered by an error
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -208,6 +209,13 @@ class ToolEnv(AgentEnv):
         """Answers a message that calls no tool; by default a reminder of the tools."""
         return f"Call a tool to go on: {', '.join(self._bindings)}."
 
+    def step(self, action: Message) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """As AgentEnv.step; `info["tool_errors"]` counts the calls that were answered by an error."""
+        self._tool_errors = 0
+        result = super().step(action)
+        result[4]["tool_errors"] = self._tool_errors
+        return result
+
     def reply(self, action: Message) -> str | Sequence[Message]:
         if not action.tool_calls:
             return self.on_text(action.content)
@@ -219,14 +227,15 @@ class ToolEnv(AgentEnv):
     def _answer(self, call: ToolCall, index: int) -> str:
         if self.finished:
             return "the episode has ended"
-        if self.calls_per_message is not None and index >= self.calls_per_message:
-            return f"error: only {self.calls_per_message} tool call per message is carried out"
         try:
+            if self.calls_per_message is not None and index >= self.calls_per_message:
+                raise ToolError(f"only {self.calls_per_message} tool call per message is carried out")
             binding = self._bindings.get(call.name)
             if binding is None:
                 raise ToolError(self._unknown(call))
             result = getattr(self, call.name)(**binding.decode_arguments(call.arguments))
         except ToolError as error:
+            self._tool_errors += 1
             return f"error: {error}"
         return self._result_text(call.name, result)
 

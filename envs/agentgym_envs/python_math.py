@@ -1,0 +1,178 @@
+"""Arithmetic too large for a head: a stateful Python tool in a sandbox, and a tool that submits the answer.
+
+Reward 1 for exactly the right integer, else 0. The problem is made from the episode's generator; its answer is
+computed here, by code of its own and not by the program that the oracle runs in the box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from agentgym.sandbox.choose import choose_tier, open_sandbox
+from agentgym.sandbox.interpreter import PythonInterpreter
+
+from agentgym.env import ToolEnv
+from agentgym.messages import Message, call
+from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
+from agentgym.tools import tool
+
+CALL_S = 10.0  # of one run of the policy's code
+OUTPUT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question, its answer, and a program that prints the answer.
+
+    Example: `Problem("What is the greatest common divisor of 84 and 36?", 12, "import math\\nprint(math.gcd(84, 36))")`.
+    """
+
+    text: str
+    answer: int
+    program: str
+
+
+class PythonMath(ToolEnv):
+    """Solve a problem with `python(code)`, answer with `submit(answer)`. The box is opened at the first use in an
+    episode and never outlives it into the next one."""
+
+    blocking: ClassVar[bool] = True
+    reward_weights = {"correct": 1.0}  # noqa: RUF012
+
+    problem: Problem
+
+    def __init__(self, sandbox: Tier = "auto") -> None:
+        """Raises UnavailableError if the tier that was asked for is not on this machine."""
+        self._tier = choose_tier(sandbox)
+        self._box: Sandbox | None = None
+        self._interpreter: PythonInterpreter | None = None
+
+    def reset_task(self, task: str, rng: np.random.Generator) -> str:
+        self._close_box()
+        self.problem = make_problem(rng)
+        return f"{self.problem.text} Compute it with the tool python, then give the integer to the tool submit."
+
+    @tool
+    def python(self, code: str) -> str:
+        """Run Python code and see what it prints. Variables stay for the next call.
+
+        Args:
+            code: the code; print what you want to see.
+        """
+        if self._interpreter is None:
+            self._box = open_sandbox(self._tier, SandboxSpec(output_limit=OUTPUT_BYTES))
+            self._interpreter = PythonInterpreter(self._box)
+        result = self._interpreter.run(code, timeout_s=CALL_S)
+        lost = "\n(the interpreter was started again, its variables are lost)" if result.state_lost else ""
+        return (result.text or "(nothing was printed)") + lost
+
+    @tool
+    def submit(self, answer: int) -> str:
+        """Give the final answer and end the task.
+
+        Args:
+            answer: the integer asked for.
+        """
+        self.finish(correct=float(answer == self.problem.answer))
+        self._close_box()
+        return "submitted"
+
+    def close(self) -> None:
+        self._close_box()
+
+    def _close_box(self) -> None:
+        box, self._box, self._interpreter = self._box, None, None
+        if box is not None:
+            box.close()
+
+
+def oracle(env: Any, history: Sequence[Message], rng: np.random.Generator) -> Message:
+    """Runs the problem's program in the box and submits what it printed."""
+    results = [message.content for message in history if message.role == "tool"]
+    if not results:
+        return call("python", code=env.unwrapped.problem.program)
+    return call("submit", answer=int(results[-1].strip()))
+
+
+# --------------------------------------------------------------------------------------------------------- problems
+
+
+def make_problem(rng: np.random.Generator) -> Problem:
+    """One problem of a kind that `rng` chooses."""
+    return _KINDS[int(rng.integers(len(_KINDS)))](rng)
+
+
+def _prime_sum(rng: np.random.Generator) -> Problem:
+    below = int(rng.integers(200, 3000))
+    composite = bytearray(below)
+    for number in range(2, math.isqrt(below) + 1):
+        composite[number * number :: number] = b"\1" * len(range(number * number, below, number))
+    program = f"print(sum(n for n in range(2, {below}) if all(n % d for d in range(2, int(n ** 0.5) + 1))))"
+    answer = sum(number for number in range(2, below) if not composite[number])
+    return Problem(f"What is the sum of all prime numbers below {below}?", answer, program)
+
+
+def _power_end(rng: np.random.Generator) -> Problem:
+    base, exponent = int(rng.integers(12, 1000)), int(rng.integers(50, 1000))
+    answer = 1
+    for _ in range(exponent):
+        answer = answer * base % 10_000
+    text = f"What is the remainder of {base} to the power of {exponent} when divided by 10000?"
+    return Problem(text, answer, f"print({base} ** {exponent} % 10000)")
+
+
+def _common_divisor(rng: np.random.Generator) -> Problem:
+    shared = int(rng.integers(2, 500))
+    first, second = shared * int(rng.integers(1000, 100_000)), shared * int(rng.integers(1000, 100_000))
+    text = f"What is the greatest common divisor of {first} and {second}?"
+    program = f"a, b = {first}, {second}\nwhile b:\n    a, b = b, a % b\nprint(a)"
+    return Problem(text, math.gcd(first, second), program)
+
+
+def _common_multiple(rng: np.random.Generator) -> Problem:
+    first, second = int(rng.integers(1000, 10_000)), int(rng.integers(1000, 10_000))
+    text = f"What is the least common multiple of {first} and {second}?"
+    return Problem(
+        text, math.lcm(first, second), f"import math\nprint({first} * {second} // math.gcd({first}, {second}))"
+    )
+
+
+def _product(rng: np.random.Generator) -> Problem:
+    first, second, third = (int(number) for number in rng.integers(1000, 1_000_000, size=3))
+    text = f"What is {first} * {second} - {third}?"
+    return Problem(text, first * second - third, f"print({first} * {second} - {third})")
+
+
+def _digit_sum(rng: np.random.Generator) -> Problem:
+    number = int(rng.integers(20, 200))
+    answer, left = 0, math.factorial(number)
+    while left:
+        left, digit = divmod(left, 10)
+        answer += digit
+    program = f"import math\nprint(sum(int(d) for d in str(math.factorial({number}))))"
+    return Problem(f"What is the sum of the decimal digits of {number}! (the factorial of {number})?", answer, program)
+
+
+def _collatz(rng: np.random.Generator) -> Problem:
+    start = int(rng.integers(50, 10_000))
+    answer, number = 0, start
+    while number != 1:
+        number = number // 2 if number % 2 == 0 else 3 * number + 1
+        answer += 1
+    text = (
+        f"Begin with {start}. Halve an even number, replace an odd n by 3n + 1, and go on until you reach 1. "
+        "How many steps is that?"
+    )
+    program = (
+        f"n, k = {start}, 0\nwhile n > 1:\n    n, k = (n // 2, k + 1) if n % 2 == 0 else (3 * n + 1, k + 1)\nprint(k)"
+    )
+    return Problem(text, answer, program)
+
+
+_KINDS: tuple[Callable[[np.random.Generator], Problem], ...] = (
+    _prime_sum, _power_end, _common_divisor, _common_multiple, _product, _digit_sum, _collatz,
+)  # fmt: skip
