@@ -1,0 +1,331 @@
+"""The collector: keeps episodes in flight while the trainer trains, and hands it batches.
+
+Owns the tasks of asyncio in which episodes run, retries, and what is counted. The rules of staleness are the buffer's,
+the order of tasks is the schedule's. Law: whatever stops the flow of episodes is said, at the latest when someone
+waits for a batch: a dead engine, an environment that always fails, or what each episode is waiting for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agentgym.engine.gate import PublishReport, VersionedPolicy
+from agentgym.engine.protocol import WeightUpdate
+from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError
+from agentgym.render.protocol import Renderer
+from agentgym.rollout.buffer import Discard, GroupBuffer, ReadyGroup
+from agentgym.rollout.environments import EnvironmentPool
+from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, run_episode
+from agentgym.rollout.limits import EpisodeLimits
+from agentgym.rollout.schedule import Schedule, ScheduledTask
+from agentgym.rollout.store import TrajectoryStore
+from agentgym.rollout.summary import StepCounts, summarize
+from agentgym.trajectory import EpisodeStatus, Trajectory
+
+log = logging.getLogger(__name__)
+SHOWN = 8  # episodes that a stall warning describes one by one
+PATIENCE = 32  # so many failures without a single success between them mean that nothing will succeed
+
+
+@dataclass(frozen=True, slots=True)
+class CollectorSettings:
+    """The numbers of a run that concern collecting. Example: `CollectorSettings("agentgym/Maze-v0", 8, 48, 2, 64)`."""
+
+    env_id: str
+    group_size: int
+    groups_per_step: int
+    max_staleness: int
+    in_flight: int
+    temperature: float = 1.0
+    max_retries: int = 2
+    stall_warning_s: float = 30.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedBatch:
+    """A batch as the service has it: whole trajectories. `tasks` are parallel to `groups`."""
+
+    groups: tuple[ReadyGroup, ...]
+    tasks: tuple[ScheduledTask, ...]
+    metrics: Mapping[str, float]
+    live_versions: tuple[int, ...]
+    data_position: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One try at one member of a group."""
+
+    task: ScheduledTask
+    group_id: str
+    member: int
+    retry: int
+
+
+class Collector:
+    """Collects groups through `policy` in `environments`; all calls on one event loop.
+
+    Example: `collector.collect(True); batch = await collector.take(trainer_version=0, timeout_s=5.0)`.
+    """
+
+    def __init__(
+        self,
+        settings: CollectorSettings,
+        environments: EnvironmentPool,
+        renderer: Renderer,
+        policy: VersionedPolicy,
+        limits: EpisodeLimits,
+        schedule: Schedule,
+        store: TrajectoryStore,
+    ) -> None:
+        self.settings = settings
+        self._environments = environments
+        self._renderer = renderer
+        self._policy = policy
+        self._limits = limits
+        self._schedule = schedule
+        self._store = store
+        self._buffer = GroupBuffer(settings.group_size, settings.groups_per_step, settings.max_staleness)
+        self._tasks: dict[str, ScheduledTask] = {}  # of every group started and not yet consumed or discarded
+        self._waiting: deque[_Attempt] = deque()
+        self._running: dict[asyncio.Task[None], tuple[str, EpisodeProgress]] = {}
+        self._collecting = False
+        self._closed = False
+        self._broken: AgentGymError | None = None
+        self._changed = asyncio.Event()
+        self._taking = asyncio.Lock()
+        self._watchdog: asyncio.Task[None] | None = None
+        self._last_end = time.monotonic()
+        self._failures_in_a_row = 0
+        self._step = StepCounts()  # since the last batch
+        self.episodes = 0
+        self.failed = 0
+        self.sampled_tokens = 0
+        self.discarded: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------------------------------------- questions
+
+    @property
+    def collecting(self) -> bool:
+        return self._collecting
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._running)
+
+    @property
+    def started_groups(self) -> int:
+        return self._buffer.num_unconsumed
+
+    @property
+    def ready_groups(self) -> int:
+        return self._buffer.num_ready
+
+    def live_versions(self) -> tuple[int, ...]:
+        """The served version, and those that a buffered or in-flight token carries or may carry."""
+        versions = {self._policy.policy_version} | self._buffer.live_versions()
+        for _, progress in self._running.values():
+            versions |= progress.live_versions()
+        return tuple(sorted(versions))
+
+    def waiting_for(self) -> str:
+        """What a taker of batches waits for, in one line."""
+        if self._broken is not None:
+            return str(self._broken)
+        ready, needed = self._buffer.num_ready, self.settings.groups_per_step
+        phases = Counter(progress.phase for _, progress in self._running.values())
+        doing = ", ".join(f"{count} {phase}" for phase, count in phases.most_common()) or "none running"
+        paused = "" if self._collecting else "; collecting is paused"
+        idle = f"; none has finished for {quiet:.0f} s" if (quiet := time.monotonic() - self._last_end) > 5 else ""
+        return f"{ready} of {needed} groups ready; episodes: {doing}{idle if self._running else ''}{paused}"
+
+    # ---------------------------------------------------------------------------------------------------- orders
+
+    def collect(self, running: bool) -> None:
+        """Starts or stops beginning new groups. Groups that were begun are played to their end either way."""
+        self._collecting = running
+        if running and self._watchdog is None:
+            self._watchdog = asyncio.create_task(self._watch())
+        self._last_end = time.monotonic()
+        self._fill()
+
+    def restore(self, data_position: Mapping[str, Any]) -> None:
+        """Continues a saved data order. Raises InputError once a group was started."""
+        if self._tasks or self.episodes:
+            raise InputError("the data position must be restored before collecting starts")
+        self._schedule.restore(data_position)
+
+    async def take(self, trainer_version: int, timeout_s: float) -> CollectedBatch | None:
+        """The next batch, or None if there is none within `timeout_s`. Raises what keeps episodes from being
+        collected, and CheckpointError if their file cannot be written."""
+        deadline = time.monotonic() + timeout_s
+        async with self._taking:
+            while True:
+                self._changed.clear()
+                taken = self._buffer.take(self.settings.groups_per_step, trainer_version)
+                for discard in taken.discarded:
+                    self._discard(discard)
+                if taken.groups is not None:
+                    return self._hand_over(taken.groups, trainer_version)
+                if self._broken is not None:
+                    raise self._broken
+                self._fill()
+                left = deadline - time.monotonic()
+                if left <= 0 or self._closed:
+                    return None
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), left)
+
+    async def publish(self, update: WeightUpdate) -> PublishReport:
+        """Serves new weights; the batch in training is consumed by that."""
+        report = await self._policy.publish(update)
+        self._buffer.publish()
+        self._fill()
+        return report
+
+    async def close(self) -> None:
+        """Ends all episodes; their environments are closed."""
+        self._closed = True
+        self._collecting = False
+        self._waiting.clear()
+        self._changed.set()
+        tasks = [*self._running, *([self._watchdog] if self._watchdog else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -------------------------------------------------------------------------------------------------- episodes
+
+    def _fill(self) -> None:
+        while len(self._running) < self.settings.in_flight and self._broken is None and not self._closed:
+            if not self._waiting and not self._begin_group():
+                return
+            self._start(self._waiting.popleft())
+
+    def _begin_group(self) -> bool:
+        if not self._collecting or not self._buffer.may_start:
+            return False
+        task = self._schedule.next()
+        group_id = f"g-{task.index:06d}"
+        self._buffer.start(group_id, self._policy.policy_version)
+        self._tasks[group_id] = task
+        self._waiting.extend(_Attempt(task, group_id, member, 0) for member in range(self.settings.group_size))
+        return True
+
+    def _start(self, attempt: _Attempt) -> None:
+        trajectory_id = f"{attempt.group_id}.{attempt.member}" + (f"r{attempt.retry}" if attempt.retry else "")
+        plan = EpisodePlan(
+            trajectory_id,
+            attempt.group_id,
+            self.settings.env_id,
+            attempt.task.task_id,
+            attempt.task.seed,
+            sampling_seed=zlib.crc32(f"{self.settings.seed} {trajectory_id}".encode()),
+            temperature=self.settings.temperature,
+        )
+        progress = EpisodeProgress(self._served_version)
+        task = asyncio.create_task(self._play(attempt, plan, progress))
+        self._running[task] = (trajectory_id, progress)
+        task.add_done_callback(self._reap)
+
+    def _served_version(self) -> int:
+        return self._policy.policy_version
+
+    async def _play(self, attempt: _Attempt, plan: EpisodePlan, progress: EpisodeProgress) -> None:
+        trajectory = await run_episode(plan, self._environments, self._renderer, self._policy, self._limits, progress)
+        self._last_end = time.monotonic()
+        self.episodes += 1
+        self.sampled_tokens += trajectory.num_sampled_tokens
+        self._step.sampled_tokens += trajectory.num_sampled_tokens
+        if trajectory.status is EpisodeStatus.FAILED:
+            progress.enter("recovering from a failure")
+            await self._fail(attempt, trajectory)
+        else:
+            self._failures_in_a_row = 0
+            self._put(trajectory)
+
+    async def _fail(self, attempt: _Attempt, trajectory: Trajectory) -> None:
+        """Counts and keeps a failed episode, and tries it again unless it was tried often enough."""
+        self.failed += 1
+        self._step.failed += 1
+        self._failures_in_a_row += 1
+        log.warning("episode %s failed: %s", trajectory.trajectory_id, trajectory.error)
+        self._store.put(trajectory)
+        try:
+            await self._policy.engine.stats()
+        except EngineDiedError as error:
+            self._break(error)
+            return
+        if self._failures_in_a_row >= max(PATIENCE, 2 * self.settings.group_size):
+            self._break(
+                EnvError(f"{self._failures_in_a_row} episodes in a row failed; the last one: {trajectory.error}")
+            )
+            return
+        await asyncio.sleep(min(0.05 * 2 ** min(self._failures_in_a_row, 8), 5.0))  # a daemon may be restarting
+        if attempt.retry < self.settings.max_retries:
+            self._step.retried += 1
+            self._waiting.appendleft(_Attempt(attempt.task, attempt.group_id, attempt.member, attempt.retry + 1))
+        else:
+            self._put(trajectory)
+
+    def _put(self, trajectory: Trajectory) -> None:
+        discard = self._buffer.put(trajectory, self._policy.policy_version)
+        if discard is not None:
+            self._discard(discard)
+        self._changed.set()
+
+    def _discard(self, discard: Discard) -> None:
+        log.warning("group %s discarded (%s): %s", discard.group_id, discard.reason.value, discard.detail)
+        self.discarded[discard.reason.value] += 1
+        self._step.discarded[discard.reason.value] += 1
+        self._schedule.finish(self._tasks.pop(discard.group_id).index)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        trajectory_id, _ = self._running.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            wrong = error if isinstance(error, AgentGymError) else EnvError(f"{type(error).__name__}: {error}")
+            log.error("the collector broke at %s", trajectory_id, exc_info=error)
+            self._break(wrong)
+        self._fill()
+
+    def _break(self, error: AgentGymError) -> None:
+        self._broken = self._broken or error
+        self._changed.set()
+
+    def _hand_over(self, groups: tuple[ReadyGroup, ...], trainer_version: int) -> CollectedBatch:
+        for group in groups:
+            for member in group.members:
+                self._store.put(member)
+        self._store.write(trainer_version + 1)
+        tasks = tuple(self._tasks.pop(group.group_id) for group in groups)
+        for task in tasks:
+            self._schedule.finish(task.index)
+        counts, self._step = self._step, StepCounts()
+        self._fill()
+        return CollectedBatch(
+            groups, tasks, summarize(groups, trainer_version, counts), self.live_versions(), self._schedule.state()
+        )
+
+    async def _watch(self) -> None:
+        """Says in the log what every episode waits for when none has finished for too long."""
+        limit_s = self.settings.stall_warning_s
+        while True:
+            await asyncio.sleep(limit_s / 2)
+            quiet_s = time.monotonic() - self._last_end
+            if not self._running or quiet_s < limit_s:
+                continue
+            oldest = sorted(self._running.values(), key=lambda entry: entry[1].since)[:SHOWN]
+            each = "; ".join(f"{trajectory_id} {progress.describe()}" for trajectory_id, progress in oldest)
+            log.warning(
+                "no episode has finished for %.0f s; %d are running, waiting longest: %s",
+                quiet_s, len(self._running), each,
+            )  # fmt: skip

@@ -1,0 +1,75 @@
+"""The figures of one batch. Pure.
+
+Law: means of rewards are over valid episodes alone; what failed or was discarded is a figure of its own, never a zero.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from agentgym.rollout.buffer import ReadyGroup
+from agentgym.trajectory import EpisodeStatus, Trajectory
+
+SUCCESS = 1.0  # an episode succeeded when its score reached this
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What happened since the last batch, delivered or not."""
+
+    failed: int = 0
+    retried: int = 0
+    sampled_tokens: int = 0
+    discarded: Counter[str] = field(default_factory=Counter)
+    began: float = field(default_factory=time.monotonic)
+
+
+def succeeded(trajectory: Trajectory) -> bool:
+    score = trajectory.score
+    return score is not None and score.valid and score.value >= SUCCESS - 1e-9
+
+
+def summarize(groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCounts) -> dict[str, float]:
+    """The metrics of a batch. Lags are counted a token; a reward mean over no valid episode is left out."""
+    members = [member for group in groups for member in group.members]
+    valid = [member for member in members if member.score is not None and member.score.valid]
+    seconds = max(time.monotonic() - counts.began, 1e-9)
+    discarded = sum(counts.discarded.values())
+    lags = Counter(trainer_version - v for member in members for v in _versions(member))
+    tokens = sum(lags.values())
+    metrics: dict[str, float] = {
+        "groups": len(groups),
+        "episodes": len(members),
+        "valid": len(valid),
+        "failed": counts.failed,
+        "retried": counts.retried,
+        "discarded_groups": discarded,
+        "discarded_fraction": discarded / (discarded + len(groups)),
+        "truncated_fraction": _mean([member.status is EpisodeStatus.TRUNCATED for member in members]),
+        "sampled_tokens": tokens,
+        "tokens_per_s": counts.sampled_tokens / seconds,
+        "seconds": seconds,
+        "lag_mean": sum(lag * count for lag, count in lags.items()) / tokens if tokens else 0.0,
+        "lag_max": max(lags, default=0),
+        "versions_per_trajectory": _mean([len(set(_versions(member))) for member in members]),
+        "partial_fraction": _mean([len(set(_versions(member))) > 1 for member in members]),
+    }
+    if valid:
+        metrics["reward_mean"] = _mean([member.score.value for member in valid if member.score])
+        metrics["success_rate"] = _mean([succeeded(member) for member in valid])
+    for reason, count in counts.discarded.items():
+        metrics[f"discarded_{reason}"] = count
+    for name in ("turns", "tool_errors", "seconds", "env_s", "sampling_s"):
+        metrics[f"episode_{name}_mean"] = _mean([member.metrics[name] for member in members])
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _versions(member: Trajectory) -> list[int]:
+    return [v for turn in member.turns for v in turn.completion.policy_versions]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
