@@ -22,6 +22,7 @@ from agentgym.errors import TrainingError
 log = logging.getLogger(__name__)
 _POLL = timedelta(seconds=30)
 T = TypeVar("T")
+_TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented, but missing in __all__)
 
 
 class BatchExchange:
@@ -30,17 +31,17 @@ class BatchExchange:
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank = accelerator.process_index
         self.num_ranks = accelerator.num_processes
-        self._store: dist.TCPStore | None = None
+        self._store: _TCPStore | None = None
         self._last_key: str | None = None
         if self.num_ranks == 1:
             return
         host = os.environ["MASTER_ADDR"]  # set by the launcher, like the process group's own address
         if self.rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_POLL)
+            self._store = _TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_POLL)
         port = [self._store.port if self._store else 0]
         broadcast_object_list(port, from_process=0)
         if self._store is None:
-            self._store = dist.TCPStore(host, port[0], is_master=False, timeout=_POLL)
+            self._store = _TCPStore(host, port[0], is_master=False, timeout=_POLL)
 
     def share(self, key: str, value: T | None) -> T:
         """Rank 0 gives `value` under a key used once, the others None; all return it. Raises TrainingError if rank 0
@@ -48,7 +49,8 @@ class BatchExchange:
         if self._store is None or value is not None:
             assert value is not None
             if self._store is not None:
-                self._store.set(key, pickle.dumps(value))  # our own objects, between the ranks of one run
+                # our own objects, between the ranks of one run; the stub says str, the store takes bytes
+                self._store.set(key, pickle.dumps(value))  # pyright: ignore[reportArgumentType]
                 self._forget()
                 self._last_key = key
             return value

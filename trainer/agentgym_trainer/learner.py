@@ -77,7 +77,7 @@ class Learner:
             num_training_steps=trainer.steps * trainer.updates_per_batch,
         )  # fmt: skip
         accelerator.register_for_checkpointing(self._schedule)
-        self._anchor = make_anchor(
+        self.anchor = make_anchor(
             trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
             max_staleness=config.rollout.max_staleness,
         )  # fmt: skip
@@ -90,10 +90,10 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside model, optimizer and schedule."""
-        return self._anchor.state_dict()
+        return self.anchor.state_dict()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._anchor.load_state_dict(state)
+        self.anchor.load_state_dict(state)
 
     def learn(self, trajectories: Sequence[ScoredSequences], trainer_version: int) -> dict[str, float]:
         """One batch: `updates_per_batch` optimizer steps. Returns metrics over all ranks; every rank calls it.
@@ -103,38 +103,38 @@ class Learner:
         began = time.perf_counter()
         trainer = self._config.trainer
         metrics = StepMetrics()
-        updates = [self._rows(part) for part in _split(trajectories, trainer.updates_per_batch)]
+        updates = [self.rows_of(part) for part in _split(trajectories, trainer.updates_per_batch)]
         updates = [rows for rows in updates if rows.num_loss_tokens]
         if not updates:
             raise TrainingError(f"none of the batch's {len(trajectories)} trajectories has a token to learn from")
-        batches = [self._micro_batches(rows) for rows in updates]
+        batches = [self.micro_batches_of(rows) for rows in updates]
         flat = [batch for part in batches for batch in part]
-        proximal = self._anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
+        proximal = self.anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
         scored_s = time.perf_counter() - began
         norms = []
         for rows, part in zip(updates, batches):
             metrics.merge(self.accumulate(rows, part, proximal[: len(part)], trainer_version))
             proximal = proximal[len(part) :]
             norms.append(self._step())
-        metrics = self._over_ranks(metrics)
-        self._anchor.published(trainer_version + 1, active_fraction=metrics.active_fraction, mean_lag=metrics.mean_lag)
-        whole = updates[0] if len(updates) == 1 else self._rows(trajectories)
+        metrics = self.over_ranks(metrics)
+        self.anchor.published(trainer_version + 1, active_fraction=metrics.active_fraction, mean_lag=metrics.mean_lag)
+        whole = updates[0] if len(updates) == 1 else self.rows_of(trajectories)
         return {
             **metrics.finalise(),
             **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
             **self._anchor_metrics(),
             "gradient_norm": sum(norms) / len(norms),
-            "learning_rate": self._schedule.get_last_lr()[0],
+            "learning_rate": float(self._schedule.get_last_lr()[0]),
             "time/anchor_s": scored_s,
             "time/train_s": time.perf_counter() - began,
         }
 
-    def _rows(self, trajectories: Sequence[ScoredSequences]) -> StepRows:
+    def rows_of(self, trajectories: Sequence[ScoredSequences]) -> StepRows:
         limit = self._config.trainer.max_sequence_tokens or self._config.max_context
         advantages = trajectory_advantages(self._config.trainer.advantages, trajectories)
         return collect_rows(trajectories, advantages, max_seq_len=limit)
 
-    def _micro_batches(self, rows: StepRows) -> list[MicroBatch]:
+    def micro_batches_of(self, rows: StepRows) -> list[MicroBatch]:
         accelerator = self._accelerator
         batches = build_micro_batches(
             rows.rows, max_tokens=self._config.trainer.micro_batch_tokens, rank=accelerator.process_index,
@@ -168,7 +168,8 @@ class Learner:
 
     def _step(self) -> float:
         """Clips and applies the gradient; returns its norm before clipping."""
-        norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._config.trainer.max_grad_norm))
+        clipped = self._accelerator.clip_grad_norm_(self._model.parameters(), self._config.trainer.max_grad_norm)
+        norm = float(cast(torch.Tensor, clipped))
         if not math.isfinite(norm):
             self._optimizer.zero_grad()
             raise TrainingError(f"the gradient's norm is {norm}; lower trainer.learning_rate or look at the metrics")
@@ -177,7 +178,7 @@ class Learner:
         self._optimizer.zero_grad()
         return norm
 
-    def _over_ranks(self, metrics: StepMetrics) -> StepMetrics:
+    def over_ranks(self, metrics: StepMetrics) -> StepMetrics:
         accelerator = self._accelerator
         if accelerator.num_processes == 1:
             return metrics
@@ -187,7 +188,7 @@ class Learner:
 
     def _anchor_metrics(self) -> dict[str, float]:
         """Counts add over ranks; the other figures are equal on all."""
-        figures = self._anchor.metrics()
+        figures = self.anchor.metrics()
         counts = sorted(name for name in figures if name.startswith("anchor/num_"))
         if counts and self._accelerator.num_processes > 1:
             own = torch.tensor([figures[name] for name in counts], device=self._accelerator.device)

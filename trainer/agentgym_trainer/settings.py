@@ -61,7 +61,7 @@ class TrainerSection(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     batch_timeout_s: float = Field(
         default=1800.0, gt=0.0
-    )  # without one batch for so long the run ends, saying what it saw
+    )  # without a batch for so long, the run ends
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # through Accelerate
 
 

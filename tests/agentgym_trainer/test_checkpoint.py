@@ -1,0 +1,70 @@
+"""A checkpoint is there whole or not at all, and restores the next step bit for bit."""
+
+import pytest
+import torch
+from gradient_worker import VERSION, Versions, ragged_trajectories, small_model
+
+from agentgym.config import parse_config
+from agentgym.errors import CheckpointError
+from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from agentgym_trainer.learner import Learner, make_accelerator
+from agentgym_trainer.publish import published_weights
+from agentgym_trainer.settings import TrainConfig
+
+
+def learner(seed: int):
+    config = parse_config(
+        TrainConfig,
+        {"env": {"id": "maze"}, "trainer": {"anchor": "ewma", "learning_rate": 1e-2, "schedule": "linear", "steps": 9}},
+    )
+    accelerator = make_accelerator(config)
+    model = small_model()
+    torch.manual_seed(seed)
+    return accelerator, Learner(accelerator, model, config, Versions(model))
+
+
+def test_the_step_after_a_resume_is_bitwise_that_of_the_run_it_continues(tmp_path):
+    accelerator, first = learner(1)
+    first.learn(ragged_trajectories(), VERSION)
+    save_checkpoint(accelerator, tmp_path, Progress(1, 4, {"next": 3}, 2.5), first.state(), keep=2)
+    first.learn(ragged_trajectories(), VERSION + 1)
+    expected, drawn = published_weights(first.module), torch.rand(3)
+
+    other, second = learner(2)
+    progress, anchor_state = load_checkpoint(other, list_checkpoints(tmp_path)[-1])
+    second.load_state(anchor_state)
+    assert progress == Progress(1, 4, {"next": 3}, 2.5)
+    second.learn(ragged_trajectories(), VERSION + 1)
+    for name, weights in published_weights(second.module).items():
+        assert (weights == expected[name]).all(), name
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_an_unfinished_checkpoint_is_not_listed_and_old_ones_are_removed(tmp_path):
+    accelerator, first = learner(1)
+    for step in (1, 2, 3):
+        save_checkpoint(accelerator, tmp_path, Progress(step, step, {}, 0.0), {}, keep=2)
+    (tmp_path / ".step-000004.partial").mkdir()
+    (tmp_path / "step-000005").mkdir()  # without progress.json: cut off by a crash before the rename existed
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+
+
+def test_a_disk_that_refuses_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    accelerator, first = learner(1)
+    save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), {}, keep=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="step-000002 cannot be written"):
+        save_checkpoint(accelerator, tmp_path, Progress(2, 2, {}, 0.0), {}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_broken_checkpoint_is_a_typed_error(tmp_path):
+    accelerator, first = learner(1)
+    save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), {}, keep=2)
+    (tmp_path / "step-000001" / "progress.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(accelerator, tmp_path / "step-000001")

@@ -1,0 +1,59 @@
+"""A configuration that cannot run is refused with its path, its value and the mend."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentgym.config import load_config, parse_config
+from agentgym.errors import ConfigError, UnavailableError
+from agentgym_trainer import preflight
+from agentgym_trainer.settings import TrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def parse(**sections):
+    return parse_config(TrainConfig, {"env": {"id": "maze"}, **sections})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_bundled_configurations_are_valid(path):
+    assert load_config(TrainConfig, path).run.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"group_size": 1}}, r"rollout.group_size:? must be >= 2 for group advantages, got 1"),
+        ({"trainer": {"anchor": "snapshoot"}}, r"trainer.anchor: .*'snapshot'.* got 'snapshoot'"),
+        ({"trainer": {"stepz": 3}}, r"unknown key 'trainer.stepz'; did you mean 'trainer.steps'"),
+        ({"lossy": {}}, r"unknown key 'lossy'; did you mean 'loss'"),
+        ({"loss": {"token_mask_c": 0.5}}, r"loss.token_mask_c: .*greater than 1.* got 0.5"),
+        ({"trainer": {"updates_per_batch": 99}}, r"updates_per_batch \(99\) must be <= rollout.groups_per_step"),
+        ({"run": {"name": "../x"}}, r"run.name"),
+    ],
+)
+def test_bad_values_name_path_value_and_mend(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(**sections)
+
+
+def test_one_seed_serves_every_section_that_names_none():
+    seeded = parse(run={"seed": 7}, model={"seed": 3})
+    assert (seeded.rollout.seed, seeded.model.seed) == (7, 3)
+
+
+def test_the_service_gets_exactly_its_sections():
+    asked = parse(rollout={"group_size": 4}, trainer={"steps": 3})
+    assert asked.service().rollout.group_size == 4
+    assert not hasattr(asked.service(), "trainer")
+
+
+def test_bfloat16_is_refused_where_nothing_multiplies_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preflight, "cpu_has_bfloat16", lambda: False)
+    with pytest.raises(UnavailableError, match=r"trainer.dtype=bfloat16 needs .* use trainer.dtype=float32"):
+        preflight.check(parse(trainer={"dtype": "bfloat16"}))
+    monkeypatch.setattr(preflight, "cpu_has_bfloat16", lambda: True)
+    preflight.check(parse(trainer={"dtype": "bfloat16"}))
