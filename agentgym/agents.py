@@ -65,13 +65,14 @@ def mixture(parts: Sequence[tuple[Agent, float]]) -> Agent:
     return mixed
 
 
-def agent_from(text: str, record: EnvRecord, key: str | None = None) -> Agent:
-    """The agent that a command line names: oracle, habit, nop, random, or openai:URL#MODEL (with the API key `key`)."""
+def agent_from(text: str, record: EnvRecord, key: str | None = None, **request: Any) -> Agent:
+    """The agent that a command line names: oracle, habit, nop, random, or openai:URL#MODEL (with the API key `key`
+    and `request` in every chat request)."""
     if text.startswith("openai:"):
         url, hash_sign, model = text.removeprefix("openai:").partition("#")
         if not url or not hash_sign or not model:
             raise InputError(f"an OpenAI endpoint reads openai:URL#MODEL, got {text!r}")
-        return OpenAIAgent(url, model, key)
+        return OpenAIAgent(url, model, key, **request)
     if text == "oracle":
         return oracle(record)
     if text == "habit":

@@ -126,13 +126,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
-    count = len(slow) if config.getoption("--run-slow") else min(config.getoption("--slow-sample"), len(slow))
-    chosen = set(random.Random(config.getoption("--slow-seed")).sample(slow, count))
+    options = config.option
+    count = len(slow) if options.run_slow else min(options.slow_sample, len(slow))
+    chosen = set(random.Random(options.slow_seed).sample(slow, count))
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
         too_slow = item.get_closest_marker("slow") is not None and item.nodeid not in chosen
-        no_gpu = item.get_closest_marker("gpu") is not None and not config.getoption("--run-gpu")
+        no_gpu = item.get_closest_marker("gpu") is not None and not options.run_gpu
         (dropped if too_slow or no_gpu else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

@@ -22,8 +22,8 @@ def final_table(rows: Mapping[str, object], console: Console, title: str | None 
 def columns_table(header: Sequence[str], rows: Iterable[Sequence[object]], console: Console) -> None:
     """Prints a table with a header."""
     table = Table()
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for index, name in enumerate(header):
+        table.add_column(name, overflow="fold", no_wrap=index == 0)  # the first one is what people copy
     for row in rows:
         table.add_row(*(Text(show(value)) for value in row))
     console.print(table)
