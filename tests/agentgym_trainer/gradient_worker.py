@@ -43,7 +43,7 @@ def small_model() -> LlamaForCausalLM:
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=64,
-        )  # fmt: skip
+        )
     )
 
 

@@ -41,7 +41,7 @@ def test_the_step_after_a_resume_is_bitwise_that_of_the_run_it_continues(tmp_pat
 
 
 def test_an_unfinished_checkpoint_is_not_listed_and_old_ones_are_removed(tmp_path):
-    accelerator, first = learner(1)
+    accelerator, _ = learner(1)
     for step in (1, 2, 3):
         save_checkpoint(accelerator, tmp_path, Progress(step, step, {}, 0.0), {}, keep=2)
     (tmp_path / ".step-000004.partial").mkdir()
@@ -50,7 +50,7 @@ def test_an_unfinished_checkpoint_is_not_listed_and_old_ones_are_removed(tmp_pat
 
 
 def test_a_disk_that_refuses_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    accelerator, first = learner(1)
+    accelerator, _ = learner(1)
     save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), {}, keep=2)
 
     def full(*_, **__):
@@ -63,7 +63,7 @@ def test_a_disk_that_refuses_leaves_the_checkpoint_before(tmp_path, monkeypatch)
 
 
 def test_a_broken_checkpoint_is_a_typed_error(tmp_path):
-    accelerator, first = learner(1)
+    accelerator, _ = learner(1)
     save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), {}, keep=2)
     (tmp_path / "step-000001" / "progress.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
