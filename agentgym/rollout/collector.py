@@ -19,7 +19,7 @@ from typing import Any
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
-from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError
+from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError, ServiceError
 from agentgym.render.protocol import Renderer
 from agentgym.rollout.buffer import Discard, GroupBuffer, ReadyGroup
 from agentgym.rollout.environments import EnvironmentPool
@@ -74,7 +74,8 @@ class _Attempt:
 class Collector:
     """Collects groups through `policy` in `environments`; all calls on one event loop.
 
-    Example: `collector.collect(True); batch = await collector.take(trainer_version=0, timeout_s=5.0)`.
+    Example: `collector.collect(True); batch = await collector.take(trainer_version=0, timeout_s=5.0,
+    step=1)`.
     """
 
     def __init__(
@@ -164,8 +165,8 @@ class Collector:
             raise InputError("the data position must be restored before collecting starts")
         self._schedule.restore(data_position)
 
-    async def take(self, trainer_version: int, timeout_s: float) -> CollectedBatch | None:
-        """The next batch, or None if there is none within `timeout_s`. Raises what keeps episodes from being
+    async def take(self, trainer_version: int, timeout_s: float, step: int) -> CollectedBatch | None:
+        """The next batch, or None if there is none within `timeout_s`; stored as the trajectories of `step`. Raises what keeps episodes from being
         collected, and CheckpointError if their file cannot be written."""
         deadline = time.monotonic() + timeout_s
         async with self._taking:
@@ -175,12 +176,14 @@ class Collector:
                 for discard in taken.discarded:
                     self._discard(discard)
                 if taken.groups is not None:
-                    return self._hand_over(taken.groups, trainer_version)
+                    return self._hand_over(taken.groups, trainer_version, step)
                 if self._broken is not None:
                     raise self._broken
                 self._fill()
+                if self._closed:
+                    raise ServiceError("the rollout service is ending")
                 left = deadline - time.monotonic()
-                if left <= 0 or self._closed:
+                if left <= 0:
                     return None
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), left)
@@ -192,12 +195,16 @@ class Collector:
         self._fill()
         return report
 
-    async def close(self) -> None:
-        """Ends all episodes; their environments are closed."""
+    def end_waiting(self) -> None:
+        """Nothing begins any more, and whoever waits for a batch is told so."""
         self._closed = True
         self._collecting = False
         self._waiting.clear()
         self._changed.set()
+
+    async def close(self) -> None:
+        """Ends all episodes; their environments are closed."""
+        self.end_waiting()
         tasks = [*self._running, *([self._watchdog] if self._watchdog else [])]
         for task in tasks:
             task.cancel()
@@ -301,11 +308,11 @@ class Collector:
         self._broken = self._broken or error
         self._changed.set()
 
-    def _hand_over(self, groups: tuple[ReadyGroup, ...], trainer_version: int) -> CollectedBatch:
+    def _hand_over(self, groups: tuple[ReadyGroup, ...], trainer_version: int, step: int) -> CollectedBatch:
         for group in groups:
             for member in group.members:
                 self._store.put(member)
-        self._store.write(trainer_version + 1)
+        self._store.write(step)
         tasks = tuple(self._tasks.pop(group.group_id) for group in groups)
         for task in tasks:
             self._schedule.finish(task.index)

@@ -86,17 +86,25 @@ class ServiceClient:
         """Starts or pauses collecting; running episodes go on to their end."""
         self._post("/collect", wire.CollectRequest(running), wire.Done)
 
-    def take_batch(self, trainer_version: int, timeout_s: float | None = None, on_wait: OnWait | None = None) -> Batch:
+    def take_batch(
+        self,
+        trainer_version: int,
+        timeout_s: float | None = None,
+        on_wait: OnWait | None = None,
+        step: int | None = None,
+    ) -> Batch:
         """The next `groups_per_step` groups within the staleness bound, waited for.
 
-        `on_wait` is told the service's status every few seconds of waiting. Raises ServiceError at `timeout_s`
-        (None: as long as the service is alive and its episodes finish), naming what it waited for, or if the service
-        cannot collect any more (the engine died, every episode fails).
+        Their trajectories are stored as those of `step` (default: `trainer_version + 1`). `on_wait` is told the
+        service's status every few seconds of waiting. Raises ServiceError at `timeout_s` (None: as long as the service
+        lives and its episodes finish), naming what it waited for; and what keeps the service from collecting any more
+        (the engine died, every episode fails).
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
-            batch = self._post("/batch", wire.BatchRequest(trainer_version, max(left, 0.0)), Batch, optional=True)
+            request = wire.BatchRequest(trainer_version, max(left, 0.0), trainer_version + 1 if step is None else step)
+            batch = self._post("/batch", request, Batch, optional=True)
             if batch is not None:
                 return batch
             self._report(on_wait, deadline, "a batch")

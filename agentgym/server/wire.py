@@ -88,7 +88,7 @@ class ServiceStatus:
 
     Example: `ServiceStatus(policy_version=3, collecting=True, in_flight=64, started_groups=9, ready_groups=4,
     episodes=800, failed=0, discarded_groups=0, sampled_tokens=88000, tokens_per_s=9100.0, live_versions=(2, 3),
-    evaluating="", waiting_for="4 of 48 groups ready; 64 episodes running: 60 sampling, 4 in env.step")`.
+    versions_dir="runs/quickstart/versions", evaluating="", waiting_for="4 of 48 groups ready; episodes: 64 sampling")`.
     """
 
     policy_version: int
@@ -102,6 +102,7 @@ class ServiceStatus:
     sampled_tokens: int
     tokens_per_s: float  # over the last seconds
     live_versions: tuple[int, ...]
+    versions_dir: str  # the folder that published weights must lie in
     evaluating: str  # "" when no evaluation runs, else such as "37/512 episodes"
     waiting_for: str
 
@@ -118,6 +119,7 @@ class CollectRequest:
 class BatchRequest:
     trainer_version: int
     timeout_s: float
+    step: int  # names the file of its trajectories
 
 
 @dataclass(frozen=True, slots=True)

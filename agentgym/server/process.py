@@ -1,0 +1,214 @@
+"""The service as a process: where it listens, who may end it, and in which order it ends.
+
+Law: it ends in order (episodes, environments, sandboxes, engine) on SIGTERM, SIGINT, a shutdown request and, as a
+child, on the death of its parent; and it ends in any case, because an order that hangs has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from agentgym.errors import AgentGymError, InputError, UnavailableError
+from agentgym.server import wire
+from agentgym.server.app import Keys, create_app
+from agentgym.server.engines import start_engine
+from agentgym.server.service import EngineFactory, RolloutService
+from agentgym.server.settings import ServerSection, ServiceConfig
+
+log = logging.getLogger(__name__)
+ENDING_S = 15.0  # for ending in order; then the process ends out of order
+PARENT_S = 0.5  # between two looks at the parent
+KEY_FILE = "trainer.key"
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where a started service is found. Example: `Listening("http://127.0.0.1:8000", Keys("k7...", None))`."""
+
+    url: str
+    keys: Keys
+
+
+def serve(
+    config: ServiceConfig,
+    model_folder: Path,
+    run_dir: Path,
+    report: Callable[[str], None] = print,
+    engine_factory: EngineFactory = start_engine,
+) -> int:
+    """Runs the service in the foreground until SIGINT or SIGTERM; returns the exit code. The key that a trainer needs
+    is left in `run_dir/trainer.key`. Raises InputError and its kin, and the failures of what it starts."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    versions_dir = run_dir / "versions"
+    versions_dir.mkdir(exist_ok=True)
+    key_file = run_dir / KEY_FILE
+
+    def announce(listening: Listening) -> None:
+        key_file.unlink(missing_ok=True)
+        with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(listening.keys.trainer)
+        locked = "with the key of server.api_key_file" if listening.keys.openai else "without a key"
+        report(f"{config.model.name} is served at {listening.url}/v1 ({locked})")
+        report(f"a trainer connects with run.service_url={listening.url} and the key in {key_file}; Ctrl-C ends it")
+
+    return asyncio.run(_run(config, model_folder, run_dir, versions_dir, announce, engine_factory, parent=None))
+
+
+def run_child(config: ServiceConfig, model_folder: Path, run_dir: Path, versions_dir: Path, ready_fd: int) -> int:
+    """Runs the service as a child: says on `ready_fd` where it listens, or why it does not, in one JSON line; ends
+    when stdin ends or the parent is gone."""
+    parent = os.getppid()
+
+    def say(value: dict[str, str]) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ready_fd, json.dumps(value).encode() + b"\n")
+        os.close(ready_fd)
+
+    def announce(listening: Listening) -> None:
+        say({"url": listening.url, "key": listening.keys.trainer})
+
+    try:
+        return asyncio.run(_run(config, model_folder, run_dir, versions_dir, announce, start_engine, parent))
+    except AgentGymError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        fault = wire.to_fault(error)
+        with contextlib.suppress(OSError):  # it may have been said before that the service is ready
+            say({"kind": fault.kind, "message": fault.message})
+        return error.exit_code
+
+
+async def _run(
+    config: ServiceConfig,
+    model_folder: Path,
+    run_dir: Path,
+    versions_dir: Path,
+    announce: Callable[[Listening], None],
+    engine_factory: EngineFactory,
+    parent: int | None,
+) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    watching = asyncio.create_task(_watch_parent(parent, stopping)) if parent is not None else None
+    keys = Keys(secrets.token_urlsafe(32), _read_key(config.server))
+    with _listen(config.server) as listener:
+        starting = asyncio.create_task(
+            RolloutService.start(config, model_folder, run_dir, versions_dir, engine_factory)
+        )
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            log.info("ended while starting")
+            starting.cancel()
+            await asyncio.wait((starting,), timeout=ENDING_S)
+            return 0
+        service = starting.result()
+        try:
+            app = create_app(service, keys, stopping.set, config.server.max_body_mb * 2**20)
+            where = Listening(_url(listener, config.server), keys)
+            stopped.add_done_callback(lambda _: service.collector.end_waiting())
+            await _serve_http(app, listener, lambda: announce(where), stopped)
+        finally:
+            log.info("ending: episodes, environments, engine")
+            stopped.cancel()
+            if watching is not None:
+                watching.cancel()
+            closing = asyncio.create_task(service.close())
+            done, _ = await asyncio.wait((closing,), timeout=ENDING_S)
+            if not done:
+                log.error("the order of the end hung for %.0f s; ending without it", ENDING_S)
+                end_process(1)
+            closing.result()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: they end episodes and environments too."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve_http(
+    app: object, listener: socket.socket, announce: Callable[[], None], stopped: asyncio.Task[bool]
+) -> None:
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if not serving.done():
+        announce()
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+    await serving
+
+
+def _listen(section: ServerSection) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(section.host, section.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((section.host, section.port), family=family, backlog=1024)
+    except OSError as error:
+        raise UnavailableError(f"cannot listen on {section.host}:{section.port}: {error}; choose another") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _url(listener: socket.socket, section: ServerSection) -> str:
+    host = f"[{section.host}]" if ":" in section.host else section.host
+    return f"http://{host}:{listener.getsockname()[1]}"
+
+
+def _read_key(section: ServerSection) -> str | None:
+    if section.api_key_file is None:
+        return None
+    try:
+        key = section.api_key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"server.api_key_file {section.api_key_file} cannot be read: {error}") from error
+    if len(key) < 16:
+        raise InputError(f"the key in {section.api_key_file} must have at least 16 characters, got {len(key)}")
+    return key
+
+
+async def _watch_parent(parent: int, stopping: asyncio.Event) -> None:
+    """Sees the end of stdin, which the parent holds open, and the parent's death (its other children may hold the
+    pipe open too)."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        while os.read(0, 4096):
+            pass
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(stopping.set)
+
+    threading.Thread(target=read, name="parent", daemon=True).start()
+    while os.getppid() == parent:
+        await asyncio.sleep(PARENT_S)
+    stopping.set()
+
+
+def end_process(code: int) -> None:
+    """Ends this process without waiting for threads that hang in an environment."""
+    logging.shutdown()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,332 @@
+"""The rollout service: environment, renderer, engine and collector put together. Must never know HTTP.
+
+Law: what comes from outside is checked here before any work starts, whichever door it came through; and whatever was
+opened is closed, whichever way the service ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agentgym import registry
+from agentgym.engine.gate import VersionedPolicy
+from agentgym.engine.protocol import Engine, WeightUpdate
+from agentgym.errors import InputError, PromptTooLongError, ServiceError
+from agentgym.messages import Message, ToolSpec
+from agentgym.policy import Completion, SamplingParams
+from agentgym.render import ChatTemplateRenderer, load_renderer
+from agentgym.rollout.collector import CollectedBatch, Collector, CollectorSettings
+from agentgym.rollout.environments import EnvironmentPool
+from agentgym.rollout.evaluation import plan_evaluation, run_evaluation
+from agentgym.rollout.limits import EpisodeLimits
+from agentgym.rollout.schedule import Schedule
+from agentgym.rollout.store import TrajectoryStore
+from agentgym.rollout.summary import succeeded
+from agentgym.server.engines import start_engine
+from agentgym.server.settings import ServiceConfig
+from agentgym.server.wire import Batch, Evaluation, Group, PublishReport, ServiceStatus
+from agentgym.trajectory import EpisodeStatus, Trajectory, to_scored_sequences
+
+EngineFactory = Callable[[ServiceConfig, Path], Awaitable[Engine]]
+RATE_WINDOW_S = 10.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the policy said to a conversation.
+
+    Example: `Reply(prompt_ids=(1, 7), completion=Completion((5, 2), ...), message=Message("assistant", "hi"))`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    message: Message
+
+
+class RolloutService:
+    """Use through `RolloutService.start` and `close`."""
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        record: registry.EnvRecord,
+        environments: EnvironmentPool,
+        renderer: ChatTemplateRenderer,
+        engine: Engine,
+        run_dir: Path,
+        versions_dir: Path,
+    ) -> None:
+        rollout = config.rollout
+        self.config = config
+        self.model_name = config.model.name
+        self.renderer = renderer
+        self.policy = VersionedPolicy(engine)
+        self.max_context = min(config.max_context, engine.max_context)
+        self._env_id = record.env_id
+        self._environments = environments
+        self._versions_dir = versions_dir.resolve()
+        self._limits = EpisodeLimits(
+            max_turns=rollout.max_turns or record.max_turns,
+            max_tokens_per_turn=rollout.max_tokens_per_turn,
+            max_episode_tokens=min(rollout.max_episode_tokens, engine.max_context),
+            max_episode_s=rollout.max_episode_s,
+            max_env_call_s=rollout.max_env_call_s,
+        )
+        settings = CollectorSettings(
+            env_id=record.env_id,
+            group_size=rollout.group_size,
+            groups_per_step=rollout.groups_per_step,
+            max_staleness=rollout.max_staleness,
+            in_flight=rollout.in_flight,
+            temperature=rollout.temperature,
+            max_retries=rollout.max_retries,
+            stall_warning_s=rollout.stall_warning_s,
+            seed=rollout.seed,
+        )
+        self.collector = Collector(
+            settings,
+            environments,
+            renderer,
+            self.policy,
+            self._limits,
+            Schedule(environments.task_ids("train"), rollout.seed),
+            TrajectoryStore(run_dir),
+        )
+        self._unacknowledged: set[str] = set()
+        self._batches = itertools.count()
+        self._evaluations: dict[str, _EvaluationRun] = {}
+        self._rates: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._closing = False
+
+    @classmethod
+    async def start(
+        cls,
+        config: ServiceConfig,
+        model_folder: Path,
+        run_dir: Path,
+        versions_dir: Path,
+        engine_factory: EngineFactory = start_engine,
+    ) -> RolloutService:
+        """Opens everything. Raises InputError and its kin for what cannot run on this machine, EngineError."""
+        record = registry.lookup(config.env.id)
+        kwargs = _env_kwargs(record, config)
+        renderer = load_renderer(model_folder, config.render.tool_format)
+        # twice in_flight: an evaluation may run beside the collector
+        most = 2 * config.rollout.in_flight
+        environments = await asyncio.to_thread(
+            EnvironmentPool, lambda: registry.make(record.env_id, **kwargs), most, config.rollout.max_env_call_s
+        )
+        try:
+            engine = await engine_factory(config, model_folder)
+        except BaseException:
+            await environments.close()
+            raise
+        try:
+            return cls(config, record, environments, renderer, engine, run_dir, versions_dir)
+        except BaseException:
+            await engine.close()
+            await environments.close()
+            raise
+
+    async def close(self) -> None:
+        """Ends episodes, environments and engine; idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        for run in self._evaluations.values():
+            run.task.cancel()
+        await asyncio.gather(*(run.task for run in self._evaluations.values()), return_exceptions=True)
+        await self.collector.close()
+        await self._environments.close()
+        await self.policy.engine.close()
+
+    # ----------------------------------------------------------------------------------------------- the trainer's
+
+    def status(self) -> ServiceStatus:
+        collector = self.collector
+        return ServiceStatus(
+            policy_version=self.policy.policy_version,
+            collecting=collector.collecting,
+            in_flight=collector.in_flight,
+            started_groups=collector.started_groups,
+            ready_groups=collector.ready_groups,
+            episodes=collector.episodes,
+            failed=collector.failed,
+            discarded_groups=collector.discarded.total(),
+            sampled_tokens=collector.sampled_tokens,
+            tokens_per_s=self._tokens_per_s(),
+            live_versions=collector.live_versions(),
+            versions_dir=str(self._versions_dir),
+            evaluating=next((run.progress for run in self._evaluations.values() if not run.task.done()), ""),
+            waiting_for=collector.waiting_for(),
+        )
+
+    async def take_batch(self, trainer_version: int, timeout_s: float, step: int) -> Batch | None:
+        """The next batch, or None at the timeout. Raises what keeps episodes from being collected."""
+        if step < 0 or not 0.0 <= timeout_s <= 60.0:
+            raise InputError(f"a batch needs step >= 0 and 0 <= timeout_s <= 60, got {step} and {timeout_s}")
+        collected = await self.collector.take(trainer_version, timeout_s, step)
+        if collected is None:
+            return None
+        batch_id = f"step-{step:06d}-{next(self._batches)}"
+        self._unacknowledged.add(batch_id)
+        return _to_batch(batch_id, collected)
+
+    async def publish(self, version: int, path: str) -> PublishReport:
+        """Serves the weights in `path`, which must lie in the versions folder: a request is hostile until checked."""
+        file = Path(path).resolve()
+        if not file.is_relative_to(self._versions_dir) or file.suffix != ".safetensors":
+            raise InputError(f"published weights must be a .safetensors file in {self._versions_dir}, got {path!r}")
+        if not file.is_file():
+            raise InputError(f"there are no weights at {path}")
+        report = await self.collector.publish(WeightUpdate(version, file))
+        return PublishReport(report.version, report.pause_s, report.total_s, self.collector.live_versions())
+
+    def acknowledge(self, batch_id: str) -> None:
+        if batch_id not in self._unacknowledged:
+            raise InputError(f"batch {batch_id!r} was never taken, or is acknowledged already")
+        self._unacknowledged.remove(batch_id)
+
+    def evaluate(self, episodes: int, split: Literal["train", "heldout"], temperature: float, seed: int) -> str:
+        """Begins an evaluation; its id is what `evaluation` waits for."""
+        if split not in ("train", "heldout"):
+            raise InputError(f"split must be 'train' or 'heldout', got {split!r}")
+        if not 1 <= episodes <= 1_000_000:
+            raise InputError(f"an evaluation needs 1 to 1000000 episodes, got {episodes}")
+        plans = plan_evaluation(self._env_id, self._environments, episodes, split, temperature, seed)
+        run = _EvaluationRun(len(plans), self.policy.policy_version)
+        run.task = asyncio.create_task(
+            run_evaluation(
+                plans, self._environments, self.renderer, self.policy, self._limits, self.config.rollout.in_flight,
+                run.add,
+            )
+        )  # fmt: skip
+        evaluation_id = f"evaluation-{len(self._evaluations)}"
+        self._evaluations[evaluation_id] = run
+        return evaluation_id
+
+    async def evaluation(self, evaluation_id: str, timeout_s: float) -> Evaluation | None:
+        """The result of an evaluation, or None if it has none within `timeout_s`."""
+        run = self._evaluations.get(evaluation_id)
+        if run is None:
+            raise InputError(f"there is no evaluation {evaluation_id!r}")
+        await asyncio.wait((run.task,), timeout=min(max(timeout_s, 0.0), 60.0))
+        if not run.task.done():
+            return None
+        if run.task.cancelled():
+            raise ServiceError("the rollout service is ending")
+        run.task.result()  # raises what ended it
+        return run.result()
+
+    # ---------------------------------------------------------------------------------------------- everybody's
+
+    async def reply(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec],
+        max_tokens: int | None,
+        temperature: float,
+        seed: int | None,
+    ) -> Reply:
+        """Continues a conversation. Raises InputError, and PromptTooLongError, before anything is sampled."""
+        prompt_ids = self.renderer.render(messages, tools)
+        room = self.max_context - len(prompt_ids)
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            asked = "" if max_tokens is None else f" and max_tokens {max_tokens}"
+            raise PromptTooLongError(
+                f"a prompt of {len(prompt_ids)} tokens{asked} does not fit the context of {self.max_context} tokens"
+            )
+        params = SamplingParams(max_tokens or room, temperature, self.renderer.stop_token_ids, seed)
+        completion = await self.policy.complete(prompt_ids, params)
+        return Reply(tuple(prompt_ids), completion, self.renderer.parse(completion.token_ids, tools))
+
+    def _tokens_per_s(self) -> float:
+        now, tokens = time.monotonic(), self.collector.sampled_tokens
+        self._rates.append((now, tokens))
+        while len(self._rates) > 2 and now - self._rates[0][0] > RATE_WINDOW_S:
+            self._rates.popleft()
+        then, before = self._rates[0]
+        return (tokens - before) / max(now - then, 1e-9)
+
+
+class _EvaluationRun:
+    """An evaluation under way: sums only, since its trajectories are kept by nobody."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, episodes: int, policy_version: int) -> None:
+        self._episodes = episodes
+        self._policy_version = policy_version
+        self._began = time.monotonic()
+        self._ended_s = 0.0
+        self._done = 0
+        self._failed = 0
+        self._valid = 0
+        self._reward = 0.0
+        self._successes = 0
+        self._turns = 0
+
+    def add(self, trajectory: Trajectory) -> None:
+        self._done += 1
+        self._ended_s = time.monotonic() - self._began
+        if trajectory.status is EpisodeStatus.FAILED:
+            self._failed += 1
+            log.warning("evaluation episode %s failed: %s", trajectory.trajectory_id, trajectory.error)
+        if trajectory.score is not None and trajectory.score.valid:
+            self._valid += 1
+            self._reward += trajectory.score.value
+            self._successes += succeeded(trajectory)
+            self._turns += len(trajectory.turns)
+
+    @property
+    def progress(self) -> str:
+        return f"{self._done}/{self._episodes} episodes evaluated"
+
+    def result(self) -> Evaluation:
+        valid = self._valid or float("nan")
+        return Evaluation(
+            episodes=self._episodes,
+            valid=self._valid,
+            failed=self._failed,
+            mean_reward=self._reward / valid,
+            success_rate=self._successes / valid,
+            mean_turns=self._turns / valid,
+            policy_version=self._policy_version,
+            seconds=self._ended_s,
+        )
+
+
+def _env_kwargs(record: registry.EnvRecord, config: ServiceConfig) -> dict[str, Any]:
+    """The environment's arguments; one that runs code in a sandbox is told in which."""
+    kwargs = dict(config.env.kwargs)
+    if "sandbox" in inspect.signature(record.env_class).parameters:
+        kwargs.setdefault("sandbox", config.sandbox.tier)
+    return kwargs
+
+
+def _to_batch(batch_id: str, collected: CollectedBatch) -> Batch:
+    groups = tuple(
+        Group(
+            group.group_id,
+            group.members[0].env_id,
+            task.task_id,
+            task.seed,
+            tuple(to_scored_sequences(member) for member in group.members),
+        )
+        for group, task in zip(collected.groups, collected.tasks, strict=True)
+    )
+    metrics = dict(collected.metrics)
+    rows = [row for group in groups for member in group.members for row in member.sequences]
+    metrics["rows"] = float(len(rows))
+    metrics["delivered_fraction"] = sum(row.num_loss_tokens for row in rows) / max(metrics["sampled_tokens"], 1.0)
+    return Batch(batch_id, groups, collected.live_versions, metrics, collected.data_position)
