@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentgym.messages import Message, ToolCall, ToolSpec, call
     from agentgym.registry import load_plugins, lookup, make, register
     from agentgym.rewards import Score
-    from agentgym.tools import tool
+    from agentgym.tools import Range, tool
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "EnvError",
     "InputError",
     "Message",
+    "Range",
     "Score",
     "ToolCall",
     "ToolEnv",
@@ -48,7 +49,7 @@ _ROOMS = {
     "agentgym.messages": ("Message", "ToolCall", "ToolSpec", "call"),
     "agentgym.registry": ("load_plugins", "lookup", "make", "register"),
     "agentgym.rewards": ("Score",),
-    "agentgym.tools": ("tool",),
+    "agentgym.tools": ("Range", "tool"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

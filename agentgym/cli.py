@@ -104,17 +104,17 @@ def serve(
     env: Annotated[str | None, typer.Option(help="The environment that a trainer's episodes are played in.")] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen; by default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="By default a free one, which is printed.")] = None,
+    run_dir: Annotated[Path, typer.Option(help="Where trajectories and the trainer's key go.")] = Path("runs/serve"),
 ) -> None:
     """Run the rollout service: an OpenAI-compatible server with token ids, logprobs and policy versions."""
-    from agentgym.server.__main__ import serve as run
     from agentgym.server.models import resolve_model
+    from agentgym.server.process import serve as run
     from agentgym.server.settings import ServiceConfig
 
     given = {"model.name": model, "env.id": env, "server.host": host, "server.port": port}
     config = _service_config(ServiceConfig, settings or [], {k: v for k, v in given.items() if v is not None})
     folder = resolve_model(config.model.name, config.env.id, config.model.seed, report=_say)
-    with tempfile.TemporaryDirectory(prefix="agentgym-serve-") as run_dir:
-        run(config, folder, Path(run_dir))
+    raise typer.Exit(run(config, folder, run_dir, _say))
 
 
 def build_base() -> None:
