@@ -47,22 +47,64 @@ class ExecResult:
     seconds: float
 
 
-class Sandbox(Protocol):
-    """One box. Calls block; the rollout runs them in threads. Usable as a context manager."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a resident process of a box answered to one message, and what it printed meanwhile.
 
-    tier: str  # "docker" or "namespace"
-    name: str
+    Example: `Answer(state="answered", data=b"42", output=b"hi\\n", dropped_bytes=0, exit_code=None, seconds=0.001)`.
+    """
+
+    state: Literal["answered", "timeout", "died"]  # after "timeout" and "died" the process is gone
+    data: bytes
+    output: bytes  # stdout and stderr in their order, cut like those of exec
+    dropped_bytes: int
+    exit_code: int | None  # None: it lives; negative: killed by that signal
+    seconds: float
+
+
+class Sandbox(Protocol):
+    """One box. Calls block, one at a time; the rollout runs them in threads. Usable as a context manager."""
+
+    @property
+    def tier(self) -> str: ...  # "docker" or "namespace"
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> SandboxSpec: ...
+
+    @property
+    def limits(self) -> Mapping[str, str]:
+        """What enforces each limit of the spec here, e.g. `{"memory": "cgroup v2", "pids": "rlimit"}`."""
+        ...
 
     def exec(
         self, command: Sequence[str] | str, *, timeout_s: float = 10.0, stdin: bytes = b"", cwd: str | None = None
     ) -> ExecResult:
-        """Runs argv, or a string through `sh -c`. Raises SandboxTimeoutError after killing the whole process group at
-        the deadline, SandboxDiedError if the box is gone."""
+        """Runs argv, or a string through `sh -c`; a command that is not there gives exit code 127, like a shell.
+        Raises SandboxTimeoutError after killing the whole process group and its daemons at the deadline,
+        SandboxDiedError if the box is gone. A background process that the command leaves behind stays."""
         ...
 
     def read_file(self, path: str) -> bytes: ...
 
     def write_file(self, path: str, data: bytes) -> None: ...
+
+    def start_process(self, command: Sequence[str], *, cwd: str | None = None) -> int:
+        """Starts a resident process, which reads messages on its descriptor 3 and answers each on its descriptor 4
+        (a big-endian uint32 length, then the bytes); its number."""
+        ...
+
+    def ask_process(self, process: int, message: bytes, *, timeout_s: float = 10.0) -> Answer:
+        """One message and its answer. At the deadline the process and everything born after it are killed."""
+        ...
+
+    def stop_process(self, process: int) -> None: ...
+
+    def __enter__(self) -> Sandbox: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
     def close(self) -> None:
         """Ends the box and everything in it; idempotent."""

@@ -1,0 +1,147 @@
+"""Memory, process and cpu limits of a namespace box through cgroups, version 1 or 2, where this process may make some.
+Must never know what runs in them.
+
+Where it may not (an ordinary user without delegation), `Cgroup.create` gives None and rlimits have to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from agentgym.errors import SandboxError
+from agentgym.sandbox.spec import SandboxSpec
+
+ROOT = Path("/sys/fs/cgroup")
+CPU_PERIOD_US = 100_000
+
+
+class Cgroup:
+    """One cgroup (version 2), or one in each hierarchy (version 1).
+
+    Example: `Cgroup.create("agentgym-1a2b", SandboxSpec()).limits == {"memory": "cgroup v2", "pids": "cgroup v2"}`.
+    """
+
+    def __init__(self, folders: list[Path], limits: dict[str, str]) -> None:
+        self._folders = folders
+        self.limits = limits
+
+    @classmethod
+    def create(cls, name: str, spec: SandboxSpec) -> Cgroup | None:
+        """Makes what can be made; None if neither memory nor processes can be limited."""
+        unified = (ROOT / "cgroup.controllers").exists()
+        folders, limits = _version_2(name, spec) if unified else _version_1(name, spec)
+        if not limits:
+            return None
+        return cls(folders, limits)
+
+    def add(self, pids: Iterable[int]) -> None:
+        """Moves processes in; what they fork from then on is in too."""
+        try:
+            for folder in self._folders:
+                for pid in pids:
+                    (folder / "cgroup.procs").write_text(str(pid))
+        except OSError as error:
+            raise SandboxError(f"a box cannot be moved into its cgroup {error.filename}: {error.strerror}") from error
+
+    def remove(self) -> None:
+        """Takes the empty cgroups away. Retries, because the last processes take a moment to leave."""
+        for folder in self._folders:
+            for attempt in range(60):
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    time.sleep(0.001 * attempt)
+                else:
+                    break
+
+
+def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
+    settings = {
+        "memory": {"memory.max": str(spec.memory_mb * 2**20), "memory.swap.max": "0"},
+        "pids": {"pids.max": str(spec.pids)},
+        "cpus": {"cpu.max": f"{int(spec.cpus * CPU_PERIOD_US)} {CPU_PERIOD_US}"},
+    }
+    own = ROOT / _own_cgroups().get("", "/").lstrip("/")
+    # processes may live only in leaves, so a child of our own cgroup gets controllers only if that is a root
+    for parent in dict.fromkeys((own, own.parent if own != ROOT else ROOT)):
+        with contextlib.suppress(OSError):
+            (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        folder = parent / name
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        limits = {kind: "cgroup v2" for kind, files in settings.items() if _write(folder, files)}
+        if "memory" in limits and "pids" in limits and os.access(parent / "cgroup.procs", os.W_OK):
+            return [folder], limits
+        folder.rmdir()
+    return [], {}
+
+
+def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
+    memory = str(spec.memory_mb * 2**20)
+    settings = {
+        "memory": ("memory", {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}),
+        "pids": ("pids", {"pids.max": str(spec.pids)}),
+        "cpus": (
+            "cpu",
+            {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": str(int(spec.cpus * CPU_PERIOD_US))},
+        ),
+    }
+    folders: list[Path] = []
+    limits: dict[str, str] = {}
+    own = _own_cgroups()
+    for kind, (controller, files) in settings.items():
+        folder = ROOT / controller / own.get(controller, "/").lstrip("/") / name
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        if _write(folder, files):
+            folders.append(folder)
+            limits[kind] = "cgroup v1"
+        else:
+            folder.rmdir()
+    return folders, limits
+
+
+def _write(folder: Path, files: dict[str, str]) -> bool:
+    """Writes the settings; swap accounting may be compiled out, everything else must be there."""
+    for file, value in files.items():
+        if not (folder / file).exists():
+            if "sw" in file:
+                continue
+            return False
+        try:
+            (folder / file).write_text(value)
+        except OSError:
+            return False
+    return True
+
+
+def _own_cgroups() -> dict[str, str]:
+    """{controller: path} of this process; the unified hierarchy is the controller ""."""
+    found: dict[str, str] = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        found.update(dict.fromkeys(controllers.split(","), path))
+    return found
+
+
+def remove_abandoned() -> None:
+    """Takes away the empty cgroups of owners that were killed; those in use cannot be removed."""
+    own = _own_cgroups()
+    parents = {ROOT / own.get("", "/").lstrip("/")}
+    parents |= {ROOT / controller / own.get(controller, "/").lstrip("/") for controller in ("memory", "pids", "cpu")}
+    for parent in parents | {parent.parent for parent in parents if parent != ROOT}:
+        for folder in parent.glob("agentgym-*"):
+            owner = folder.name.split("-")[1]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
