@@ -199,12 +199,13 @@ def _number(base: type, bounds: Range) -> _Kind:
             if integer and (not value.is_integer() or abs(value) > 2**53):
                 return _NO
             value = int(value) if integer else value
-        elif type(value) is int:
-            if not integer:
-                if abs(value) > 2**1000:  # float() of it would overflow
-                    return _NO
-                value = float(value)
-        else:
+        elif type(value) is not int:
+            return _NO
+        elif not integer:
+            if abs(value) > 2**1000:  # float() of it might overflow
+                return _NO
+            value = float(value)
+        if not integer and not math.isfinite(value):  # 1e999 is JSON
             return _NO
         if (low is not None and value < low) or (high is not None and value > high):
             return _NO

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from agentgym.sandbox.choose import choose_tier, open_sandbox
-from agentgym.sandbox.interpreter import PythonInterpreter
 
 from agentgym.env import ToolEnv
 from agentgym.messages import Message, call
+from agentgym.sandbox.choose import choose_tier, open_sandbox
+from agentgym.sandbox.interpreter import PythonInterpreter
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
 from agentgym.tools import tool
 
@@ -28,7 +28,7 @@ OUTPUT_BYTES = 4096
 class Problem:
     """A question, its answer, and a program that prints the answer.
 
-    Example: `Problem("What is the greatest common divisor of 84 and 36?", 12, "import math\\nprint(math.gcd(84, 36))")`.
+    Example: `Problem("What is 1234 * 5678 - 90?", 7006562, "print(1234 * 5678 - 90)")`.
     """
 
     text: str
@@ -66,9 +66,7 @@ class PythonMath(ToolEnv):
         if self._interpreter is None:
             self._box = open_sandbox(self._tier, SandboxSpec(output_limit=OUTPUT_BYTES))
             self._interpreter = PythonInterpreter(self._box)
-        result = self._interpreter.run(code, timeout_s=CALL_S)
-        lost = "\n(the interpreter was started again, its variables are lost)" if result.state_lost else ""
-        return (result.text or "(nothing was printed)") + lost
+        return self._interpreter.run(code, timeout_s=CALL_S).text or "(nothing was printed)"
 
     @tool
     def submit(self, answer: int) -> str:
@@ -78,7 +76,7 @@ class PythonMath(ToolEnv):
             answer: the integer asked for.
         """
         self.finish(correct=float(answer == self.problem.answer))
-        self._close_box()
+        self._close_box()  # nobody may use it any more, and the environment may lie idle for long
         return "submitted"
 
     def close(self) -> None:

@@ -1,0 +1,127 @@
+"""Arithmetic with a Python tool, in real boxes of both tiers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from agentgym import agents, registry
+from agentgym.errors import InputError
+from agentgym.messages import Message, ToolCall, call
+from agentgym.rollout.play import evaluate_agent
+from agentgym.testing.env_checks import check_environment
+from agentgym_envs.python_math import _KINDS, PythonMath, make_problem
+
+TIERS = [
+    pytest.param("docker", marks=pytest.mark.docker),
+    pytest.param("namespace", marks=pytest.mark.bubblewrap),
+]
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def env(tier: str) -> Iterator[PythonMath]:
+    env = registry.make("python_math", sandbox=tier)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def python(env: PythonMath, code: str) -> str:
+    return env.step(call("python", code=code))[0][0].content
+
+
+# --------------------------------------------------------------------------------------------------- without a box
+
+
+@pytest.mark.parametrize("kind", _KINDS, ids=lambda kind: kind.__name__)
+def test_the_programs_print_the_answers(kind):
+    """The answer is computed one way, the oracle's program computes it another: two that agree."""
+    for seed in range(20):
+        problem = kind(np.random.default_rng(seed))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(problem.program, {})
+        assert printed.getvalue().strip() == str(problem.answer), problem
+
+
+def test_problems_follow_their_generator_and_vary():
+    problems = [make_problem(np.random.default_rng(seed)) for seed in range(200)]
+    assert problems == [make_problem(np.random.default_rng(seed)) for seed in range(200)]
+    assert len({problem.text for problem in problems}) > 195
+    assert not [problem for problem in problems if str(problem.answer) in problem.text.split()]
+
+
+def test_a_tier_that_does_not_exist():
+    with pytest.raises(InputError, match="dokcer"):
+        registry.make("python_math", sandbox="dokcer")
+
+
+# ------------------------------------------------------------------------------------------------------ with a box
+
+
+def test_it_passes_the_public_checks(tier: str):
+    check_environment("python_math", episodes=4, sandbox=tier)
+
+
+def test_the_oracle_computes_in_the_box(tier: str):
+    oracle = agents.oracle(registry.lookup("python_math"))
+    summary = evaluate_agent("python_math", oracle, 8, env_kwargs={"sandbox": tier})
+    assert (summary.mean_reward, summary.failed) == (1.0, 0), summary.episodes
+    assert all(episode.turns == 2 for episode in summary.episodes)
+
+
+def test_variables_stay_within_an_episode_and_no_longer(env: PythonMath):
+    assert python(env, "x = 20") == "(nothing was printed)"
+    assert python(env, "print(x + 1)") == "21"
+    python(env, "open('/tmp/note', 'w').write('secret')")
+    env.reset(seed=1)
+    assert "NameError" in python(env, "print(x)")
+    assert "FileNotFoundError" in python(env, "open('/tmp/note')")
+
+
+def test_errors_and_endings_are_told_to_the_policy(env: PythonMath):
+    assert "ZeroDivisionError" in python(env, "1 / 0")
+    assert "SyntaxError" in python(env, "def (")
+    python(env, "x = 1")
+    assert "all variables are lost" in python(env, "import os; os._exit(3)")
+    assert "NameError" in python(env, "x")
+    assert len(python(env, "print('x' * 10**6)")) < 10_000
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_the_answer_is_exact_and_ends_it(env: PythonMath, off: int):
+    python(env, "x = 1")
+    box = env._box
+    assert box is not None
+    _, reward, terminated, _, info = env.step(call("submit", answer=env.problem.answer + off))
+    assert (reward, terminated, info["score"].components) == (1.0 - off, True, {"correct": 1.0 - off})
+    assert env._box is None
+
+
+def test_an_answer_need_not_open_a_box(env: PythonMath):
+    env.step(call("submit", answer=env.problem.answer))
+    env.reset(seed=3)
+    submit_then_run = (
+        ToolCall("a", "submit", '{"answer": 1}'),
+        ToolCall("b", "python", '{"code": "print(1)"}'),
+    )
+    observation = env.step(Message("assistant", "", submit_then_run))[0]
+    assert [message.content for message in observation] == ["submitted", "the episode has ended"]
+    assert env._box is None
+
+
+def test_closing_twice_is_allowed(env: PythonMath):
+    python(env, "1")
+    env.close()
+    env.close()
+    env.reset(seed=0)
+    assert python(env, "print(1)") == "1"
