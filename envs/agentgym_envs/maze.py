@@ -27,6 +27,14 @@ Cell = tuple[int, int]  # row, column
 STEPS: dict[Direction, Cell] = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 LETTERS: dict[Direction, str] = {"up": "U", "down": "D", "left": "L", "right": "R"}
 CELLS: tuple[Cell, ...] = tuple((row, column) for row in range(SIDE) for column in range(SIDE))
+NEIGHBOURS: dict[Cell, tuple[Cell, ...]] = {
+    (row, column): tuple(
+        (row + down, column + right)
+        for down, right in STEPS.values()
+        if 0 <= row + down < SIDE and 0 <= column + right < SIDE
+    )
+    for row, column in CELLS
+}
 WORDS = (
     *(str(number) for number in range(SIDE)), *STEPS, *(letter + mark for letter in LETTERS.values() for mark in ".#"),
     "goal", "hole",
@@ -60,7 +68,7 @@ class Maze(ToolEnv):
             dir: where to go.
         """
         cell = _beside(self.position, dir)
-        if not _inside(cell):
+        if cell not in NEIGHBOURS:
             return self._view()
         if cell not in self.free:
             self.finish(reached=0.0)
@@ -103,10 +111,6 @@ def _beside(cell: Cell, dir: Direction) -> Cell:
     return cell[0] + STEPS[dir][0], cell[1] + STEPS[dir][1]
 
 
-def _inside(cell: Cell) -> bool:
-    return 0 <= cell[0] < SIDE and 0 <= cell[1] < SIDE
-
-
 def _read(task: str) -> tuple[Cell, Cell, frozenset[Cell]]:
     """Start, goal and free cells of a drawn maze. Raises InputError if it is not one."""
     drawn = task.replace("|", "")
@@ -118,7 +122,8 @@ def _read(task: str) -> tuple[Cell, Cell, frozenset[Cell]]:
 
 def _draw(start: Cell, goal: Cell, free: Iterable[Cell]) -> str:
     marks = dict.fromkeys(CELLS, "O") | dict.fromkeys(free, ".") | {start: "S", goal: "G"}
-    return "|".join("".join(marks[row, column] for column in range(SIDE)) for row in range(SIDE))
+    drawn = "".join(marks.values())  # in the order of CELLS: row by row
+    return "|".join(drawn[row * SIDE : (row + 1) * SIDE] for row in range(SIDE))
 
 
 def _distances(goal: Cell, free: frozenset[Cell]) -> dict[Cell, int]:
@@ -127,8 +132,7 @@ def _distances(goal: Cell, free: frozenset[Cell]) -> dict[Cell, int]:
     queue = deque([goal])
     while queue:
         cell = queue.popleft()
-        for dir in STEPS:
-            beside = _beside(cell, dir)
+        for beside in NEIGHBOURS[cell]:
             if beside in free and beside not in distance:
                 distance[beside] = distance[cell] + 1
                 queue.append(beside)
@@ -157,10 +161,8 @@ def _sound_starts(goal: Cell, free: frozenset[Cell]) -> set[Cell]:
     so on, arrives. What is seen from a cell is therefore enough to play well."""
     sound: set[Cell] = {goal}
     for cell in sorted(free, key=lambda cell: _steps_between(cell, goal)):
-        nearer = [
-            beside for dir in STEPS
-            if (beside := _beside(cell, dir)) in free and _steps_between(beside, goal) < _steps_between(cell, goal)
-        ]  # fmt: skip
+        steps = _steps_between(cell, goal)
+        nearer = [beside for beside in NEIGHBOURS[cell] if beside in free and _steps_between(beside, goal) < steps]
         if nearer and all(beside in sound for beside in nearer):
             sound.add(cell)
     return sound
