@@ -166,8 +166,10 @@ class Collector:
         self._schedule.restore(data_position)
 
     async def take(self, trainer_version: int, timeout_s: float, step: int) -> CollectedBatch | None:
-        """The next batch, or None if there is none within `timeout_s`; stored as the trajectories of `step`. Raises what keeps episodes from being
-        collected, and CheckpointError if their file cannot be written."""
+        """The next batch, stored as the trajectories of `step`, or None if there is none within `timeout_s`.
+
+        Raises what keeps episodes from being collected, and CheckpointError if the trajectories cannot be written.
+        """
         deadline = time.monotonic() + timeout_s
         async with self._taking:
             while True:

@@ -52,8 +52,8 @@ def summarize(groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCo
         "sampled_tokens": tokens,
         "tokens_per_s": counts.sampled_tokens / seconds,
         "seconds": seconds,
-        "lag_mean": sum(lag * count for lag, count in lags.items()) / tokens if tokens else 0.0,
-        "lag_max": max(lags, default=0),
+        "staleness_mean": sum(lag * count for lag, count in lags.items()) / tokens if tokens else 0.0,
+        "staleness_max": max(lags, default=0),
         "versions_per_trajectory": _mean([len(set(_versions(member))) for member in members]),
         "partial_fraction": _mean([len(set(_versions(member))) > 1 for member in members]),
     }
