@@ -11,7 +11,7 @@ import numpy as np
 
 _DRAWS_PER_COUNT = 4  # Philox makes four 64-bit numbers from one value of its counter
 _GRID = 2.0**23  # numbers are cut to this grid, so that u * total < total holds in fp32 too
-_KEY_BITS = 128
+_KEY_BITS = 64
 
 
 def uniforms(seed: int, position: int, count: int) -> np.ndarray:

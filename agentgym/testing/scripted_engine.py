@@ -150,7 +150,7 @@ class ScriptedEngine:
         if params.seed is not None:
             return params.seed
         self._unseeded += 1
-        return 2**64 + self._unseeded
+        return 2**63 + self._unseeded
 
     def _check_alive(self) -> None:
         if self._closed:

@@ -1,0 +1,220 @@
+"""The engine in a child process: the same samples, typed errors, and nobody left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentgym.engine.gate import VersionedPolicy
+from agentgym.engine.process import ProcessEngine
+from agentgym.engine.protocol import WeightUpdate
+from agentgym.engine.torch_engine import TorchEngine
+from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
+from agentgym.policy import SamplingParams
+
+VOCAB = 61
+
+
+@asynccontextmanager
+async def started(folder: Path, slots: int = 4, max_context: int = 96) -> AsyncIterator[ProcessEngine]:
+    engine = await ProcessEngine.start(folder, slots=slots, max_context=max_context)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def gone(pid: int) -> bool:
+    """Whether no process `pid` runs any more (a zombie that nobody reaped does not run)."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_it_samples_what_the_engine_in_process_samples_over_publications(model_of, perturbed, tmp_path: Path) -> None:
+    folder, model = model_of("llama")
+    path, _ = perturbed(model, 1)
+    prompts = [[(index * step) % VOCAB for step in range(1, 6 + index)] for index in range(9)]
+
+    async def run(engine: TorchEngine | ProcessEngine) -> list[object]:
+        policy = VersionedPolicy(engine)
+        before = [
+            policy.complete(prompt, SamplingParams(12, 0.8, (5,), seed=index)) for index, prompt in enumerate(prompts)
+        ]
+        first = await asyncio.gather(*before)
+        report = await policy.publish(WeightUpdate(1, path))
+        assert report.version == engine.policy_version == 1
+        with pytest.raises(PromptTooLongError, match="context of 96"):
+            await engine.sample([1] * 90, SamplingParams(7))
+        with pytest.raises(InputError, match="at least one token"):
+            await engine.sample([], SamplingParams(7))
+        await engine.pause()
+        assert (await engine.sample([1], SamplingParams(3))).finish_reason == "abort"
+        with pytest.raises(VersionError, match="only go up"):
+            await engine.load(WeightUpdate(1, path))
+        with pytest.raises(EngineError, match="no weights at"):
+            await engine.load(WeightUpdate(2, tmp_path / "none"))
+        await engine.resume()
+        after = [policy.complete(prompt, SamplingParams(12, seed=index)) for index, prompt in enumerate(prompts)]
+        stats = await engine.stats()
+        assert stats.policy_version == 1
+        assert stats.sampled_tokens >= sum(len(completion.token_ids) for completion in first)
+        return [*first, *await asyncio.gather(*after)]
+
+    async def main() -> None:
+        async with started(folder) as engine:
+            assert engine.max_context == 96
+            ours = await run(engine)
+        inside = TorchEngine(folder, slots=4, max_context=96)
+        for mine, theirs in zip(ours, await run(inside), strict=True):
+            assert mine.token_ids == theirs.token_ids
+            assert mine.policy_versions == theirs.policy_versions
+            assert np.abs(np.array(mine.logprobs) - np.array(theirs.logprobs)).max() < 1e-5
+        await inside.close()
+
+    asyncio.run(main())
+
+
+def test_a_child_killed_by_kill_9_fails_every_call_with_its_name(model_of) -> None:
+    async def main() -> None:
+        async with started(model_of("llama")[0], slots=1) as engine:
+            running = [
+                asyncio.ensure_future(engine.sample([1, 2], SamplingParams(94, seed=index))) for index in range(50)
+            ]
+            await asyncio.sleep(0.03)
+            os.kill(engine.pid, signal.SIGKILL)
+            results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
+            died = [result for result in results if isinstance(result, EngineDiedError)]
+            assert len(died) >= 40
+            assert "was killed by SIGKILL" in str(died[0])
+            assert str(engine.pid) in str(died[0])
+            with pytest.raises(EngineDiedError, match="SIGKILL"):
+                await engine.pause()
+            with pytest.raises(EngineDiedError, match="SIGKILL"):
+                await VersionedPolicy(engine).complete([1], SamplingParams(2))
+
+    asyncio.run(main())
+
+
+def test_a_child_that_dies_leaves_its_last_words(model_of) -> None:
+    async def main() -> None:
+        async with started(model_of("llama")[0]) as engine:
+            os.kill(engine.pid, signal.SIGABRT)
+            with pytest.raises(EngineDiedError, match="SIGABRT"):
+                await engine.sample([1], SamplingParams(2))
+
+    asyncio.run(main())
+
+
+def test_errors_of_the_start_are_typed_and_leave_no_child(model_of, tmp_path: Path) -> None:
+    folder, _ = model_of("llama")
+
+    async def main() -> None:
+        with pytest.raises(InputError, match=r"holds no config\.json"):
+            await ProcessEngine.start(tmp_path / "nowhere", slots=1, max_context=8)
+        with pytest.raises(InputError, match="float32, bfloat16, got 'float8'"):
+            await ProcessEngine.start(folder, slots=1, max_context=8, dtype="float8")
+        with pytest.raises(InputError, match="slots must be >= 1, got 0"):
+            await ProcessEngine.start(folder, slots=0, max_context=8)
+
+    asyncio.run(main())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if b"agentgym.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_closing_ends_the_child_and_whoever_waits(model_of) -> None:
+    async def main() -> None:
+        async with started(model_of("llama")[0], slots=1) as engine:
+            running = asyncio.ensure_future(engine.sample([1], SamplingParams(90)))
+            waiting = asyncio.ensure_future(engine.sample([1], SamplingParams(90)))
+            await asyncio.sleep(0)
+            await engine.close()
+            for result in await asyncio.gather(running, waiting, return_exceptions=True):
+                assert isinstance(result, EngineDiedError)
+            with pytest.raises(EngineDiedError, match="closed"):
+                await engine.stats()
+            assert gone(engine.pid)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_frees_the_slot_in_the_child(model_of) -> None:
+    async def main() -> None:
+        async with started(model_of("llama")[0], slots=1) as engine:
+            running = [asyncio.ensure_future(engine.sample([1], SamplingParams(90))) for _ in range(20)]
+            await asyncio.sleep(0.01)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await engine.sample([2], SamplingParams(1))
+            stats = await engine.stats()
+            assert (stats.running, stats.waiting) == (0, 0)
+            assert stats.sampled_tokens < 300
+
+    asyncio.run(main())
+
+
+PARENT = """
+import asyncio, sys, threading
+from pathlib import Path
+from agentgym.engine.process import ProcessEngine
+from agentgym.policy import SamplingParams
+
+async def main():
+    engine = await ProcessEngine.start(Path(sys.argv[1]), slots=2, max_context=96)
+    print(engine.pid, "torch" in sys.modules, flush=True)
+    while True:
+        await engine.sample([1], SamplingParams(90))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_the_child_leaves_when_its_parent_dies(model_of, end: signal.Signals) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(model_of("llama")[0])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert parent.stdout is not None
+    pid, torch_in_parent = parent.stdout.readline().split()
+    assert torch_in_parent == b"False"
+    assert not gone(int(pid))
+    parent.send_signal(end)
+    parent.wait(20)
+    parent.stdout.close()
+    assert wait_for(lambda: gone(int(pid)))
+
+
+def test_thousands_of_short_requests_a_second_are_carried(model_of) -> None:
+    """Not a figure, a floor: 2,000 one-token requests over the socket on a busy shared machine."""
+
+    async def main() -> None:
+        async with started(model_of("llama")[0], slots=64, max_context=16) as engine:
+            start = time.perf_counter()
+            segments = await asyncio.gather(
+                *(engine.sample([index % VOCAB], SamplingParams(1, seed=index)) for index in range(2000))
+            )
+            assert time.perf_counter() - start < 10
+            assert all(len(segment.token_ids) == 1 for segment in segments)
+
+    asyncio.run(main())
