@@ -31,6 +31,13 @@ def test_an_earlier_run_of_the_name_is_kept_beside(tmp_path):
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
+def test_a_refused_run_is_taken_back_and_the_earlier_one_returns(tmp_path):
+    RunFolder.create(config(tmp_path)).log_metrics(1, {"x": 1.0})
+    RunFolder.create(config(tmp_path)).discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+    assert (tmp_path / "r" / "metrics.jsonl").exists()
+
+
 def test_metrics_are_json_also_when_not_finite(tmp_path):
     folder = RunFolder.create(config(tmp_path))
     folder.log_metrics(1, {"a": float("nan"), "b": float("inf"), "c": 0.5})

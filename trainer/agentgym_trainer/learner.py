@@ -119,8 +119,10 @@ class Learner:
         metrics = self.over_ranks(metrics)
         self.anchor.published(trainer_version + 1, active_fraction=metrics.active_fraction, mean_lag=metrics.mean_lag)
         whole = updates[0] if len(updates) == 1 else self.rows_of(trajectories)
+        figures = metrics.finalise()
         return {
-            **metrics.finalise(),
+            **figures,
+            "loss": figures["policy/loss"],
             **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
             **self._anchor_metrics(),
             "gradient_norm": sum(norms) / len(norms),

@@ -12,6 +12,7 @@ import time
 from accelerate.utils import set_seed
 from rich.console import Console
 
+from agentgym.errors import InputError
 from agentgym.server.models import resolve_model
 from agentgym.versions import VersionReader
 from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
@@ -42,7 +43,12 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
         folder = None
         if accelerator.is_main_process:
             folder = resume or RunFolder.create(config)
-            leader = stack.enter_context(Leader.started(config, folder, model_folder, console))
+            try:
+                leader = stack.enter_context(Leader.started(config, folder, model_folder, console))
+            except InputError:
+                if resume is None:
+                    folder.discard()
+                raise
         paths = exchange.share("paths", leader.paths if leader else None)
         learner = Learner(accelerator, load_model(model_folder, config), config, VersionReader(paths.versions))
         progress, anchor_state = Progress(0, 0, {}, 0.0), None

@@ -12,8 +12,10 @@ runs/quickstart/config.toml       the resolved configuration; `agentgym train` t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +30,9 @@ from agentgym_trainer.settings import TrainConfig
 class RunFolder:
     """Paths of one run, and the writing of its small files. Raises CheckpointError when the disk refuses."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: Path | None = None) -> None:
         self.path = path
+        self._earlier = earlier  # where a run of the same name was moved to
         self.metrics_path = path / "metrics.jsonl"
         self.summary_path = path / "summary.json"
         self.plot_path = path / "reward.png"
@@ -40,15 +43,16 @@ class RunFolder:
     @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:
         """A fresh folder for `config`; one of an earlier run under the name is kept beside it."""
-        path = config.run.dir / config.run.name
+        path, earlier = config.run.dir / config.run.name, None
         try:
             if path.exists():
                 made = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-                path.rename(_free_name(path.with_name(f"{path.name}-{made}")))
+                earlier = _free_name(path.with_name(f"{path.name}-{made}"))
+                path.rename(earlier)
             path.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(f"the run folder {path} cannot be made: {error.strerror}") from error
-        folder = cls(path)
+        folder = cls(path, earlier)
         folder._write(path / "config.toml", tomli_w.dumps(_without_none(config.model_dump(mode="json"))))
         return folder
 
@@ -58,6 +62,14 @@ class RunFolder:
         if not (path / "config.toml").is_file():
             raise ConfigError(f"cannot resume {path}: it holds no config.toml; give the folder of a run")
         return cls(path)
+
+    def discard(self) -> None:
+        """Takes back `create`, for a run that was refused before it began; an earlier run returns to its name."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._earlier is not None:
+            self._earlier.rename(self.path)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()  # only if this run made it: an empty folder is nobody's
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line; non-finite values are written as null, which JSON has."""

@@ -1,0 +1,142 @@
+"""The whole loop for real: tiny model, service, engine process, HTTP, buffer, loss, version log, publication."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agentgym.rollout.store import read_trajectories, step_file
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+SMALL = ["rollout.groups_per_step=8", "rollout.in_flight=48", "engine.slots=48", "evaluation.episodes=32"]
+
+
+def command(target: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "agentgym.cli", "train", str(target), *arguments]
+
+
+def run(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(target, *arguments), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Service processes that were started for a run folder, and their children."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in part for part in process.info["cmdline"] or ()) and "agentgym.server" in " ".join(
+            process.info["cmdline"]
+        ):
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def test_a_run_trains_on_several_versions_and_leaves_a_folder(tmp_path):
+    run(QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=6", "trainer.checkpoint_every=3", *SMALL)
+    folder = tmp_path / "quickstart"
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["policy_version"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # the data carries several versions, and old logprobs were exact for each of them
+    assert max(row["trajectory/lag_max"] for row in rows) >= 1
+    assert all(row["trajectory/lag_max"] <= 2 for row in rows)
+    assert all(row["anchor/num_fallbacks"] == 0 for row in rows)
+    assert all(row["discrepancy/max_abs_log_ratio"] < 1e-4 for row in rows)
+    assert max(row["staleness/max_abs_log_ratio"] for row in rows) > 1e-3
+    assert all(row["trajectory/delivered_fraction"] == 1.0 for row in rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0.15 <= summary["reward_before"] <= 0.55
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "model" / "config.json").is_file()
+    trajectories = list(read_trajectories(step_file(folder, 3)))
+    assert len(trajectories) >= 8 * 8
+    assert all(turn.completion.token_ids for trajectory in trajectories for turn in trajectory.turns)
+    assert processes_of(folder) == []
+
+
+def test_a_killed_run_leaves_no_process_and_resumes_where_its_checkpoint_stands(tmp_path):
+    folder = tmp_path / "quickstart"
+    arguments = (f"run.dir={tmp_path}", "trainer.steps=200", "trainer.checkpoint_every=2", *SMALL)
+    trainer = subprocess.Popen(command(QUICKSTART, *arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 200
+        while len(list((folder / "checkpoints").glob("step-*"))) < 2:
+            assert time.monotonic() < deadline, "no second checkpoint within 200 s"
+            assert trainer.poll() is None, "the trainer ended by itself"
+            time.sleep(0.05)
+        children = processes_of(folder)
+        assert len(children) >= 2  # service and engine
+    finally:
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert alive == []
+
+    checkpoint = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+    issued = int((folder / "versions" / "issued").read_text())
+    done = run(folder, "--resume", f"trainer.steps={checkpoint + 2}")
+    assert re.search(rf"resumed after step {checkpoint}\b", done.stderr)
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows] == list(range(1, checkpoint + 3))
+    versions = [row["policy_version"] for row in rows]
+    assert versions == sorted(set(versions))
+    assert rows[checkpoint]["policy_version"] > issued  # numbers given out before the crash are not used again
+    first, second = (
+        {t.group_id for t in read_trajectories(step_file(folder, step))}
+        for step in (1, checkpoint + 1)
+    )
+    assert not first & second  # the data order went on
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["env.id=mase"], r"unknown environment 'mase'; did you mean 'maze'", 2),
+        (["model.name=tinny"], r"unknown model 'tinny'; did you mean 'tiny'", 2),
+        (["trainer.anchor=snapshoot"], r"trainer\.anchor", 2),
+        (["trainer.stepz=3"], r"unknown key 'trainer\.stepz'; did you mean 'trainer\.steps'", 2),
+        (["rollout.group_size=1"], r"group_size:? must be >= 2 for group advantages, got 1", 2),
+    ],
+)
+def test_bad_input_ends_with_one_message_before_any_work(tmp_path, arguments, message, code):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command(QUICKSTART, f"run.dir={tmp_path / 'runs'}", *arguments),
+        capture_output=True, text=True, timeout=60, env=environment,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert re.search(message, " ".join(done.stderr.split()))
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_ends_with_one_message_and_leaves_no_process(tmp_path):
+    folder = tmp_path / "quickstart"
+    trainer = subprocess.Popen(
+        command(QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=500", *SMALL),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert trainer.poll() is None
+        time.sleep(0.1)
+    trainer.send_signal(signal.SIGINT)
+    _, stderr = trainer.communicate(timeout=60)
+    assert trainer.returncode == 1
+    assert "Traceback" not in stderr
+    assert re.search("interrupted", stderr, re.IGNORECASE)
+    assert processes_of(folder) == []
+    assert not list(folder.rglob("*.partial"))
