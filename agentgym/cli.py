@@ -117,11 +117,15 @@ def serve(
     raise typer.Exit(run(config, folder, run_dir, _say))
 
 
-def build_base() -> None:
-    """Build the Docker image that sandboxes start from (from debootstrap where no registry answers)."""
-    from agentgym.sandbox.base_image import build
+def build_base(
+    force: Annotated[bool, typer.Option("--force", help="Build it even if it is there.")] = False,
+    mirror: Annotated[str | None, typer.Option(help="Debian mirror; by default the one that apt uses here.")] = None,
+) -> None:
+    """Build the Docker image that sandboxes start from, with debootstrap; no image registry is asked."""
+    from agentgym.sandbox.base_image import main as build
 
-    build(_say)
+    options = [*(["--force"] if force else []), *(["--mirror", mirror] if mirror else [])]
+    raise typer.Exit(build(options))
 
 
 # ------------------------------------------------------------------------------------------------- what they call
