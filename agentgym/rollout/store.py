@@ -5,6 +5,7 @@ Law: a file is there whole or not at all; a disk that is full is said, not swall
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,7 +55,8 @@ class TrajectoryStore:
                 file.write(data)
             os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise CheckpointError(
                 f"cannot write the trajectories of step {step} to {path}: {error.strerror}"
             ) from error

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from agentgym.rollout.buffer import ReadyGroup
+from agentgym.rollout.buffer import DiscardReason, ReadyGroup
 from agentgym.trajectory import EpisodeStatus, Trajectory
 
 SUCCESS = 1.0  # an episode succeeded when its score reached this
@@ -60,8 +60,8 @@ def summarize(groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCo
     if valid:
         metrics["reward_mean"] = _mean([member.score.value for member in valid if member.score])
         metrics["success_rate"] = _mean([succeeded(member) for member in valid])
-    for reason, count in counts.discarded.items():
-        metrics[f"discarded_{reason}"] = count
+    for reason in DiscardReason:
+        metrics[f"discarded_{reason.value}"] = counts.discarded[reason.value]
     for name in ("turns", "tool_errors", "seconds", "env_s", "sampling_s"):
         metrics[f"episode_{name}_mean"] = _mean([member.metrics[name] for member in members])
     return {name: float(value) for name, value in metrics.items()}

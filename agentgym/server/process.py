@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -106,7 +107,7 @@ async def _run(
         loop.add_signal_handler(number, stopping.set)
     watching = asyncio.create_task(_watch_parent(parent, stopping)) if parent is not None else None
     keys = Keys(secrets.token_urlsafe(32), _read_key(config.server))
-    with _listen(config.server) as listener:
+    with listen(config.server) as listener:
         starting = asyncio.create_task(
             RolloutService.start(config, model_folder, run_dir, versions_dir, engine_factory)
         )
@@ -120,9 +121,9 @@ async def _run(
         service = starting.result()
         try:
             app = create_app(service, keys, stopping.set, config.server.max_body_mb * 2**20)
-            where = Listening(_url(listener, config.server), keys)
+            where = Listening(url(listener, config.server), keys)
             stopped.add_done_callback(lambda _: service.collector.end_waiting())
-            await _serve_http(app, listener, lambda: announce(where), stopped)
+            await serve_http(app, listener, lambda: announce(where), stopped)
         finally:
             log.info("ending: episodes, environments, engine")
             stopped.cancel()
@@ -145,9 +146,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve_http(
-    app: object, listener: socket.socket, announce: Callable[[], None], stopped: asyncio.Task[bool]
+async def serve_http(
+    app: object, listener: socket.socket, announce: Callable[[], None], stopped: asyncio.Future[Any]
 ) -> None:
+    """Serves `app` on `listener` until `stopped` is done; calls `announce` once it answers."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
@@ -162,7 +164,8 @@ async def _serve_http(
     await serving
 
 
-def _listen(section: ServerSection) -> socket.socket:
+def listen(section: ServerSection) -> socket.socket:
+    """A listening socket. Raises UnavailableError for an address that cannot be had."""
     try:
         family = socket.getaddrinfo(section.host, section.port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((section.host, section.port), family=family, backlog=1024)
@@ -172,7 +175,7 @@ def _listen(section: ServerSection) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket, section: ServerSection) -> str:
+def url(listener: socket.socket, section: ServerSection) -> str:
     host = f"[{section.host}]" if ":" in section.host else section.host
     return f"http://{host}:{listener.getsockname()[1]}"
 
