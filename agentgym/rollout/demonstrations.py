@@ -29,8 +29,6 @@ from agentgym.rewards import Score
 from agentgym.rollout.tiny_tokenizer import END, PAD, write_tokenizer
 from agentgym.trajectory import NO_VERSION, TokenSequence
 
-FORMAT = 1  # of the files written here; part of the key under which models made from them are cached
-
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
