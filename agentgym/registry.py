@@ -133,7 +133,7 @@ def make(name: str, **kwargs: Any) -> Any:
             inspect.signature(record.env_class).bind(**{**record.kwargs, **kwargs})
         except TypeError as error:
             raise InputError(f"{record.env_id} cannot be made with {kwargs!r}: {error}") from error
-    return gymnasium.make(record.env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs).unwrapped
+    return gymnasium.make(record.env_id, disable_env_checker=True, **kwargs).unwrapped
 
 
 def known_envs() -> list[EnvRecord]:

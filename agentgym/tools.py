@@ -205,7 +205,7 @@ def _number(base: type, bounds: Range) -> _Kind:
             if abs(value) > 2**1000:  # float() of it might overflow
                 return _NO
             value = float(value)
-        if not integer and not math.isfinite(value):  # 1e999 is JSON
+        if not integer and not math.isfinite(value):  # 1e999 is JSON, and Python reads NaN
             return _NO
         if (low is not None and value < low) or (high is not None and value > high):
             return _NO
@@ -292,12 +292,8 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
 # -------------------------------------------------------------------------------------- what a policy wrote, or may
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 # strict=False takes a bare newline in a string, which small models write into code
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant, strict=False)
+_JSON = json.JSONDecoder(strict=False)
 
 
 def _show(value: Any) -> str:

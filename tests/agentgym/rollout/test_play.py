@@ -66,7 +66,9 @@ def test_an_episode_that_ends():
     assert [message.role for message in episode.messages] == ["user", "assistant", "user"]
     again = play(Moody(), talk, "good", 5, LIMITS)
     assert again.messages == episode.messages
-    assert play(Moody(), talk, "good", 6, LIMITS).messages != episode.messages
+    other = play(Moody(), talk, "good", 6, LIMITS)
+    assert other.messages[0] != episode.messages[0]  # the environment's generator and
+    assert other.messages[1].content != episode.messages[1].content  # the agent's both follow the seed
 
 
 def test_limits_truncate_and_the_environment_scores_it():
@@ -134,6 +136,14 @@ def test_evaluations_follow_their_seed():
     assert [episode.messages for episode in one.episodes] == [episode.messages for episode in two.episodes]
     assert [episode.task_id for episode in one.episodes] != [episode.task_id for episode in other.episodes]
     assert {episode.task_id for episode in one.episodes} <= set(registry.make("maze").task_ids("heldout"))
+
+
+def test_each_task_comes_once_before_any_comes_again():
+    tasks = registry.make("guess_number").task_ids("train")
+    played = [episode.task_id for episode in evaluate_agent("guess_number", agents.nop, 48, split="train").episodes]
+    first, second = played[: len(tasks)], played[len(tasks) :]
+    assert sorted(first) == sorted(tasks)
+    assert first[: len(second)] != second
 
 
 def test_bad_input(moody: str):
