@@ -13,13 +13,14 @@ import logging
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError, ServiceError
+from agentgym.policy import Completion, Policy, SamplingParams
 from agentgym.render.protocol import Renderer
 from agentgym.rollout.buffer import Discard, GroupBuffer, ReadyGroup
 from agentgym.rollout.environments import EnvironmentPool
@@ -92,6 +93,7 @@ class Collector:
         self._environments = environments
         self._renderer = renderer
         self._policy = policy
+        self._sampler = _Sampler(policy)
         self._limits = limits
         self._schedule = schedule
         self._store = store
@@ -250,7 +252,7 @@ class Collector:
         return self._policy.policy_version
 
     async def _play(self, attempt: _Attempt, plan: EpisodePlan, progress: EpisodeProgress) -> None:
-        trajectory = await run_episode(plan, self._environments, self._renderer, self._policy, self._limits, progress)
+        trajectory = await run_episode(plan, self._environments, self._renderer, self._sampler, self._limits, progress)
         self._last_end = time.monotonic()
         self.episodes += 1
         self.sampled_tokens += trajectory.num_sampled_tokens
@@ -269,10 +271,8 @@ class Collector:
         self._failures_in_a_row += 1
         log.warning("episode %s failed: %s", trajectory.trajectory_id, trajectory.error)
         self._store.put(trajectory)
-        try:
-            await self._policy.engine.stats()
-        except EngineDiedError as error:
-            self._break(error)
+        if self._sampler.death is not None:
+            self._break(self._sampler.death)
             return
         if self._failures_in_a_row >= max(PATIENCE, 2 * self.settings.group_size):
             self._break(
@@ -338,3 +338,18 @@ class Collector:
                 "no episode has finished for %.0f s; %d are running, waiting longest: %s",
                 quiet_s, len(self._running), each,
             )  # fmt: skip
+
+
+class _Sampler:
+    """The policy as episodes see it; notes the death of the engine, which an episode turns into data."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.death: EngineDiedError | None = None
+
+    async def complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+        try:
+            return await self._policy.complete(prompt_ids, params)
+        except EngineDiedError as error:
+            self.death = error
+            raise

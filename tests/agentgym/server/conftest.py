@@ -1,0 +1,156 @@
+"""A real HTTP server in a thread, over a scripted engine or a tiny random torch model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentgym.config import parse_config
+from agentgym.engine.protocol import Engine
+from agentgym.rollout.demonstrations import Mixture, write_demonstrations
+from agentgym.server.app import Keys, create_app
+from agentgym.server.client import ServiceClient
+from agentgym.server.process import listen, serve_http, url
+from agentgym.server.service import RolloutService
+from agentgym.server.settings import ServiceConfig
+from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
+
+KEY = "the-trainers-key-of-this-test"
+MAX_BODY = 50_000
+
+
+def config_of(**rollout: Any) -> ServiceConfig:
+    """A small run on the maze."""
+    small = {"group_size": 3, "groups_per_step": 2, "in_flight": 6, "max_tokens_per_turn": 5, "max_episode_tokens": 120}
+    values = {"env": {"id": "maze"}, "model": {"name": "small"}, "rollout": small | rollout}
+    return parse_config(ServiceConfig, values)
+
+
+@pytest.fixture(scope="session")
+def maze_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer and template of a tiny maze model."""
+    folder = tmp_path_factory.mktemp("maze-tokenizer")
+    write_demonstrations("maze", 200, 0, folder, Mixture())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_model(maze_folder: Path) -> Path:
+    """The same folder with a random model in it."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from agentgym.render import load_renderer
+
+    config = LlamaConfig(
+        vocab_size=max(load_renderer(maze_folder).encoder.control_ids) + 1, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(maze_folder)
+    return maze_folder
+
+
+@dataclass
+class Server:
+    """A running service: its address, its client, and the thread's loop."""
+
+    url: str
+    client: ServiceClient
+    service: RolloutService
+    loop: asyncio.AbstractEventLoop
+    versions_dir: Path
+    run_dir: Path
+
+    def weights(self, version: int) -> Path:
+        """A file where the weights of `version` would be; a scripted engine does not read it."""
+        path = self.versions_dir / f"{version:08d}.safetensors"
+        path.write_bytes(b"")
+        return path
+
+
+EngineFactory = Callable[[ServiceConfig, Path], Awaitable[Engine]]
+
+
+async def scripted(config: ServiceConfig, folder: Path) -> Engine:
+    from agentgym.render import load_renderer
+
+    size = max(load_renderer(folder).encoder.control_ids) + 1
+    return ScriptedEngine(hashed_logits(size), max_context=config.max_context)
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path,
+    run_dir: Path,
+    config: ServiceConfig | None = None,
+    engine_factory: EngineFactory = scripted,
+    openai_key: str | None = None,
+) -> Iterator[Server]:
+    config = config or config_of()
+    versions_dir = run_dir / "versions"
+    versions_dir.mkdir(parents=True)
+    listener = listen(config.server)
+    ready: Future[tuple[RolloutService, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def main() -> None:
+        service = await RolloutService.start(config, folder, run_dir, versions_dir, engine_factory)
+        stop = asyncio.Event()
+        app = create_app(service, Keys(KEY, openai_key), stop.set, MAX_BODY)
+        stopped = asyncio.ensure_future(stop.wait())
+        stopped.add_done_callback(lambda _: service.collector.end_waiting())
+        loop = asyncio.get_running_loop()
+        try:
+            await serve_http(app, listener, lambda: ready.set_result((service, loop, stop)), stopped)
+        finally:
+            await service.close()
+
+    def thread() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(error)
+            raise
+
+    runner = threading.Thread(target=thread, daemon=True)
+    runner.start()
+    service, loop, stop = ready.result(60)
+    address = url(listener, config.server)
+    try:
+        with ServiceClient(address, KEY) as client:
+            yield Server(address, client, service, loop, versions_dir, run_dir)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        runner.join(20)
+        assert not runner.is_alive()
+
+
+@pytest.fixture
+def start(tmp_path: Path, maze_folder: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers that end with the test."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def begin(folder: Path | None = None, **options: Any) -> Server:
+            nonlocal count
+            count += 1
+            return stack.enter_context(running(folder or maze_folder, tmp_path / f"run{count}", **options))
+
+        yield begin
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, maze_folder: Path) -> Iterator[Server]:
+    """One server for tests that only ask."""
+    with running(maze_folder, tmp_path_factory.mktemp("shared") / "run") as server:
+        yield server
