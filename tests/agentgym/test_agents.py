@@ -143,11 +143,13 @@ def test_a_model_gets_history_and_tools_and_its_call_comes_back(
 
 
 def test_without_tools_none_are_sent(endpoint: Endpoint, rng: np.random.Generator):
-    agent = OpenAIAgent(endpoint.url, "m", key="k")
+    agent = agents.agent_from(f"openai:{endpoint.url}#m", registry.lookup("reverse_text"), "k", temperature=0.0)
+    assert isinstance(agent, OpenAIAgent)
     reply = agent(registry.make("reverse_text"), (Message("user", "go"),), rng)
     agent.close()
     assert reply == Message("assistant", "hello")
     assert "tools" not in endpoint.requests[0]
+    assert endpoint.requests[0]["temperature"] == 0.0
     assert endpoint.headers[0]["authorization"] == "Bearer k"
 
 
