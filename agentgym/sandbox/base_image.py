@@ -89,11 +89,11 @@ def _debootstrap() -> str:
         raise UnavailableError(
             "the base image is built with debootstrap, which needs Linux; build it in a virtual machine"
         )
-    program = shutil.which("debootstrap", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    if program is None:
-        raise UnavailableError("debootstrap is not on this machine; install it (apt-get install debootstrap)")
     if os.geteuid() != 0:
         raise UnavailableError("debootstrap needs root; run this command with sudo")
+    program = shutil.which("debootstrap")
+    if program is None:
+        raise UnavailableError("debootstrap is not on this machine; install it (apt-get install debootstrap)")
     return program
 
 
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             def report(text: str) -> None:
                 progress.update(task, description=text[:70].replace("[", r"\["), advance=1)
                 if not text.startswith(("I: ", "W: ")):
-                    progress.console.print(text, markup=False)
+                    progress.console.print(text, markup=False, soft_wrap=True)
 
             build_base_image(options.tag, force=options.force, mirror=options.mirror, report=report)
     except AgentGymError as error:

@@ -16,6 +16,7 @@ from agentgym.errors import SandboxError
 from agentgym.sandbox.spec import SandboxSpec
 
 ROOT = Path("/sys/fs/cgroup")
+ABANDONED_S = 60.0
 CPU_PERIOD_US = 100_000
 
 
@@ -32,6 +33,7 @@ class Cgroup:
     @classmethod
     def create(cls, name: str, spec: SandboxSpec) -> Cgroup | None:
         """Makes what can be made; None if neither memory nor processes can be limited."""
+        remove_abandoned()
         unified = (ROOT / "cgroup.controllers").exists()
         folders, limits = _version_2(name, spec) if unified else _version_1(name, spec)
         if not limits:
@@ -144,4 +146,5 @@ def remove_abandoned() -> None:
             owner = folder.name.split("-")[1]
             if owner.isdigit() and not Path("/proc", owner).exists():
                 with contextlib.suppress(OSError):
-                    folder.rmdir()
+                    if time.time() - folder.stat().st_mtime > ABANDONED_S:  # its owner may be in another container
+                        folder.rmdir()

@@ -141,8 +141,11 @@ class AttachedChannel:
                 return b""
             self._received += data
 
-    def close(self) -> None:
-        self._socket.close()
+    def shut(self) -> None:
+        self._socket.shut()
+
+    def release(self) -> None:
+        self._socket.release()
         with contextlib.suppress(OSError):
             self._connection.close()
 

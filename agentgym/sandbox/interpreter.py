@@ -84,9 +84,11 @@ def _verdict(line: bytes, number: int) -> bool | None:
 
 def _ending(answer: Answer) -> str:
     code = answer.exit_code
+    if code is None:
+        return "it answered no longer"
     if code == -9:
         return "it was killed, perhaps for its memory"
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _joined(printed: str, value: str) -> str:

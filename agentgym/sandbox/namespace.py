@@ -201,7 +201,7 @@ def _start_error(said: str) -> UnavailableError:
 
 def find_bubblewrap() -> str:
     """The path of bwrap."""
-    found = shutil.which("bwrap", path=os.environ.get("PATH", os.defpath) + ":/usr/bin:/usr/local/bin")
+    found = shutil.which("bwrap")
     if found is None:
         raise UnavailableError(f"bubblewrap (bwrap) is not on this machine; {MEND}")
     return found

@@ -31,9 +31,11 @@ class SocketChannel:
         except ConnectionError:
             return b""
 
-    def close(self) -> None:
+    def shut(self) -> None:
         with contextlib.suppress(OSError):
-            self._stream.shutdown(socket.SHUT_RDWR)  # wakes a receive in another thread; closing alone would not
+            self._stream.shutdown(socket.SHUT_RDWR)  # wakes a receive in another thread; closing would not
+
+    def release(self) -> None:
         self._stream.close()
 
 

@@ -58,7 +58,7 @@ class Answer:
     data: bytes
     output: bytes  # stdout and stderr in their order, cut like those of exec
     dropped_bytes: int
-    exit_code: int | None  # None: it lives; negative: killed by that signal
+    exit_code: int | None  # None: it lives, or had to be killed; negative: that signal killed it
     seconds: float
 
 

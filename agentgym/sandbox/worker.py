@@ -190,7 +190,8 @@ class Worker:
     # --------------------------------------------------------------------------------------------------- operations
 
     def do_start(self, header, _):
-        inherited = {name: value for name, value in os.environ.items() if name not in ("HOSTNAME", "HOME", "LC_CTYPE")}
+        ours = ("HOSTNAME", "HOME", "LC_CTYPE", "PWD", "OLDPWD")  # set by the starter and not by the image
+        inherited = {name: value for name, value in os.environ.items() if name not in ours}
         defaults = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": os.getcwd()}
         self.environment = {**defaults, **inherited, **header["environment"]}
         self.output_limit, self.file_limit = header["output_limit"], header["file_limit"]
@@ -310,7 +311,9 @@ class Worker:
         state, answer = self.converse(resident, framed, output, started + header["timeout_s"])
         if resident.output_fd is not None:
             drain(resident.output_fd, output, 64)
-        code = None if state == "answered" else self.end_resident(header["process"])
+        code = None
+        if state != "answered":
+            code = self.end_resident(header["process"], 0.2 if state == "died" else 0.0)
         kept, dropped = output.result()
         result = {"state": state, "exit_code": code, "output": len(kept), "dropped": dropped}
         return {**result, "seconds": time.monotonic() - started}, kept + answer
@@ -352,21 +355,27 @@ class Worker:
             self.end_resident(header["process"])
         return {}, b""
 
-    def end_resident(self, number):
-        """Its state is lost, so everything born after it goes with it; its exit code."""
+    def end_resident(self, number, patience_s=0.0):
+        """Its state is lost, so everything born after it goes with it. Its exit code; None if it had to be killed."""
         resident = self.residents.pop(number)
-        self.reap()
+        code = self.status_within(resident.pid, patience_s)
         others = {other.pid for other in self.residents.values()}
         self.kill(resident.pid, resident.before | {entry for entry in self.processes() if entry[0] in others})
-        for _ in range(100):
-            self.reap()
-            if self.statuses[resident.pid] is not None:
-                break
-            time.sleep(0.005)
+        self.status_within(resident.pid, 1.0)
+        del self.statuses[resident.pid]
         for fd in (resident.to_fd, resident.from_fd, resident.output_fd):
             if fd is not None:
                 os.close(fd)
-        return self.statuses.pop(resident.pid)
+        return code
+
+    def status_within(self, pid, patience_s):
+        """The exit code of a child that is ending, None if it does not end."""
+        until = time.monotonic() + patience_s
+        while True:
+            self.reap()
+            if self.statuses[pid] is not None or time.monotonic() >= until:
+                return self.statuses[pid]
+            time.sleep(0.002)
 
 
 def outcome(code, out, err, dropped, seconds):

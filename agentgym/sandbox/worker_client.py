@@ -64,8 +64,12 @@ class Channel(Protocol):
         """Some bytes, b"" at the end."""
         ...
 
-    def close(self) -> None:
+    def shut(self) -> None:
         """Ends the connection; a receive that waits in another thread returns. Idempotent."""
+        ...
+
+    def release(self) -> None:
+        """Gives back the descriptor; only when nobody waits on it, for its number is given out again at once."""
         ...
 
     def epitaph(self) -> str:
@@ -120,7 +124,9 @@ class WorkerClient:
     def close(self) -> None:
         """No request succeeds after this, and one that waits now fails."""
         self._dead = self._dead or "it was closed"
-        self._channel.close()
+        self._channel.shut()
+        with self._lock:
+            self._channel.release()
 
     def _reply(self, number: int, max_body: int, until: float) -> tuple[dict[str, Any], bytes]:
         header_size, body_size = FRAME.unpack(self._take(FRAME.size, until))
@@ -149,7 +155,7 @@ class WorkerClient:
     def _died(self, why: str) -> SandboxDiedError:
         """Marks the box as dead and ends the connection, which ends the worker and with it the box."""
         self._dead = self._dead or why
-        self._channel.close()
+        self._channel.shut()
         return SandboxDiedError(f"sandbox {self._name} died: {self._dead}")
 
 

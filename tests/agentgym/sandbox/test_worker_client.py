@@ -1,0 +1,130 @@
+"""The host against a worker that lies, stammers or says nothing."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError
+from agentgym.sandbox import worker_client
+from agentgym.sandbox.socket_channel import SocketChannel
+from agentgym.sandbox.worker_client import FRAME, WorkerClient, whole
+
+
+class Liar:
+    """The other end of the socket: reads one request and answers with what it is told to."""
+
+    def __init__(self, answers: list[bytes | None]) -> None:
+        ours, self._theirs = socket.socketpair()
+        self.client = WorkerClient(SocketChannel(ours, lambda: "the liar left"), "box-1")
+        self._answers = answers
+        self._thread = threading.Thread(target=self._lie)
+        self._thread.start()
+
+    def _lie(self) -> None:
+        for answer in self._answers:
+            if not self._theirs.recv(1 << 16):
+                break
+            if answer is None:
+                break
+            self._theirs.sendall(answer)
+        else:
+            self._theirs.recv(1)  # silent until the other end closes
+        self._theirs.close()
+
+    def end(self) -> None:
+        self.client.close()
+        self._thread.join(5)
+        assert not self._thread.is_alive()
+
+
+def frame(header: object, body: bytes = b"") -> bytes:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return FRAME.pack(len(encoded), len(body)) + encoded + body
+
+
+@pytest.fixture
+def liars() -> Iterator[list[Liar]]:
+    made: list[Liar] = []
+    yield made
+    for liar in made:
+        liar.end()
+
+
+def ask(liars: list[Liar], *answers: bytes | None) -> WorkerClient:
+    liars.append(Liar(list(answers)))
+    return liars[-1].client
+
+
+def test_an_honest_answer_in_pieces(liars: list[Liar]) -> None:
+    client = ask(liars, frame({"id": 1, "x": 2}, b"body"))
+    assert client.request("ping", {}, max_body=10) == ({"id": 1, "x": 2}, b"body")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\xff" * 64,
+        struct.pack(">II", 1 << 31, 0),
+        struct.pack(">II", 10, 1 << 31),
+        frame({"id": 1}, b"longer than asked for"),
+        frame({"id": 2}),
+        frame({"id": True}),
+        frame({"id": "1"}),
+        frame({}),
+        frame([1]),
+        frame(b"nonsense"),
+        frame(b"\xff\xfe"),
+        frame(b"[" * 30_000),
+        frame({"id": 1})[:-1],
+        b"",
+        None,
+    ],
+    ids=lambda answer: repr(answer)[:24],
+)
+def test_a_lie_is_a_dead_box(liars: list[Liar], monkeypatch: pytest.MonkeyPatch, answer: bytes | None) -> None:
+    monkeypatch.setattr(worker_client, "GRACE_S", 0.2)
+    client = ask(liars, answer)
+    started = time.monotonic()
+    with pytest.raises(SandboxDiedError, match="box-1 died"):
+        client.request("ping", {}, wait_s=0.2, max_body=10)
+    assert time.monotonic() - started < 3
+    with pytest.raises(SandboxDiedError, match="is gone"):
+        client.request("ping", {})
+
+
+def test_a_worker_that_does_not_read_cannot_hold_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_client, "GRACE_S", 0.2)
+    ours, theirs = socket.socketpair()
+    client = WorkerClient(SocketChannel(ours, lambda: ""), "box-1")
+    with theirs, pytest.raises(SandboxDiedError, match="did not answer"):
+        client.request("write", {}, bytes(50_000_000), wait_s=0.2)
+
+
+def test_error_replies_are_typed(liars: list[Liar]) -> None:
+    client = ask(
+        liars,
+        frame({"id": 1, "error": "missing", "message": "no such file"}),
+        frame({"id": 2, "error": "limit", "message": "disk full"}),
+        frame({"id": 3, "error": ["?"], "message": "z" * 50_000}),
+    )
+    with pytest.raises(SandboxError, match="no such file"):
+        client.request("read", {})
+    with pytest.raises(SandboxLimitError, match="disk full"):
+        client.request("write", {})
+    with pytest.raises(SandboxError) as caught:
+        client.request("write", {})
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, True, None, "1", [1]])
+def test_numbers_of_a_reply_are_checked(value: object) -> None:
+    with pytest.raises(SandboxDiedError):
+        whole({"size": value}, "size")
+    assert whole({"size": 3}, "size") == 3
