@@ -16,6 +16,7 @@ from agentgym.errors import InputError, UnknownNameError
 from agentgym.trajectory import EpisodeStatus, ScoredSequences
 
 AdvantageKind = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
+_STD_FLOOR = 1e-6  # the field's: scores that differ by rounding alone must not become advantages of order one
 ADVANTAGES: tuple[str, ...] = get_args(AdvantageKind)
 
 
@@ -39,7 +40,7 @@ def compute_advantages(
     """Advantages of N scores in groups.
 
     * `group_mean` (the default; Dr.GRPO): s - mean of the group
-    * `group_mean_std` (GRPO): the same divided by the group's sample standard deviation; 0 where that is 0
+    * `group_mean_std` (GRPO): the same divided by the group's sample standard deviation + 1e-6
     * `leave_one_out` (RLOO): s - mean of the other members = n/(n-1) times `group_mean`
     * `batch_mean` (REINFORCE with a baseline): s - mean of the whole batch
     """
@@ -96,7 +97,7 @@ def _from_group(kind: AdvantageKind, scores: np.ndarray) -> np.ndarray:
     if np.ptp(scores) == 0.0:
         return np.zeros_like(scores)  # the mean of equal numbers may round away from them
     if kind == "group_mean_std":
-        return centred / scores.std(ddof=1)
+        return centred / (scores.std(ddof=1) + _STD_FLOOR)
     if kind == "leave_one_out":
         return centred * len(scores) / (len(scores) - 1)
     return centred

@@ -1,0 +1,217 @@
+"""Law D: the exponentially weighted anchor, and mutants of its recurrence that must not pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from agentgym.errors import CheckpointError, TrainingError
+from agentgym_trainer.anchors import ewma as ewma_module
+from agentgym_trainer.anchors.ewma import EwmaAnchor, average_in, decay_of
+from agentgym_trainer.batch import Row, build_micro_batches
+from agentgym_trainer.logprobs import token_logprobs
+
+MakeModel = Callable[..., LlamaForCausalLM]
+MakeRows = Callable[..., list[Row]]
+Averager = Callable[[Tensor, Tensor, float, float], None]
+
+
+def recurrence(thetas: list[Tensor], betas: list[float], averager: Averager) -> Tensor:
+    average, weight = thetas[0].clone(), 1.0
+    for theta, beta in zip(thetas[1:], betas):
+        averager(average, theta, weight, beta)
+        weight = beta * weight + 1.0
+    return average
+
+
+def closed_form(thetas: list[Tensor], betas: list[float]) -> Tensor:
+    """sum_k (product of the later betas) theta(k), over the same sum of ones."""
+    weights = [math.prod(betas[k:]) for k in range(len(thetas))]
+    return sum((w * theta for w, theta in zip(weights, thetas)), torch.zeros_like(thetas[0])) / sum(weights)
+
+
+def check_law_d(averager: Averager) -> None:
+    generator = torch.Generator().manual_seed(0)
+    thetas = [torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(9)]
+    for betas in ([2 / 3] * 8, [0.1, 0.9, 0.5, 0.5, 0.0, 0.3, 0.8, 0.6]):
+        torch.testing.assert_close(recurrence(thetas, betas, averager), closed_form(thetas, betas), atol=1e-14, rtol=0)
+    # Linear drift: W/2 versions behind, once the start is forgotten.
+    for window in (1.0, 4.0, 8.0):
+        beta = window / (window + 2)
+        line = [torch.tensor([3.0 * t + 1.0], dtype=torch.float64) for t in range(400)]
+        behind = line[-1] - recurrence(line, [beta] * 399, averager)
+        torch.testing.assert_close(behind, torch.tensor([3.0 * window / 2]).double(), atol=1e-9, rtol=0)
+
+
+def test_the_recurrence_is_the_closed_form() -> None:
+    check_law_d(average_in)
+
+
+def _without_bias_correction(average: Tensor, current: Tensor, weight: float, beta: float) -> None:
+    average.mul_(beta).add_(current, alpha=1 - beta)
+
+
+def _with_the_new_weight(average: Tensor, current: Tensor, weight: float, beta: float) -> None:
+    average_in(average, current, beta * weight + 1.0, beta)
+
+
+@pytest.mark.parametrize("mutant", [_without_bias_correction, _with_the_new_weight])
+def test_mutants_of_the_recurrence_are_refused(mutant: Averager) -> None:
+    with pytest.raises(AssertionError):
+        check_law_d(mutant)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6), st.floats(0, 0.99))
+def test_an_average_stays_within_what_it_averages(values: list[float], beta: float) -> None:
+    thetas = [torch.tensor([value], dtype=torch.float64) for value in values]
+    average = recurrence(thetas, [beta] * (len(values) - 1), average_in).item()
+    assert min(values) - 1e-9 <= average <= max(values) + 1e-9
+
+
+def test_shards_average_as_the_whole_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    thetas = [torch.randn(12, generator=generator) for _ in range(5)]
+    whole = recurrence(thetas, [0.6] * 4, average_in)
+    shards = [
+        recurrence([theta[part].clone() for theta in thetas], [0.6] * 4, average_in)
+        for part in (slice(5), slice(5, 12))
+    ]
+    assert torch.equal(torch.cat(shards), whole)
+
+
+@pytest.mark.parametrize(
+    ("mean_lag", "max_staleness", "beta"),
+    [(0.0, 4, 0.0), (1.0, 4, 0.5), (2.0, 4, 2 / 3), (9.0, 4, 2 / 3), (0.5, 0, 0.0), (4.0, 8, 0.8)],
+)
+def test_the_decay_follows_the_mean_lag_up_to_its_bound(mean_lag: float, max_staleness: int, beta: float) -> None:
+    assert decay_of(mean_lag, max_staleness) == pytest.approx(beta)
+
+
+# ------------------------------------------------------------------------------------------------ the anchor itself
+
+
+class Small(nn.Module):
+    """One parameter and one buffer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
+        self.register_buffer("seen", torch.zeros(1))
+
+    @torch.no_grad()
+    def become(self, value: float) -> Small:
+        self.weight.fill_(value)
+        self.seen.fill_(value)
+        return self
+
+
+def publish(anchor: EwmaAnchor, model: Small, values: list[float], *, active_fraction: float = 1.0) -> None:
+    for version, value in enumerate(values, start=1):
+        model.become(value)
+        anchor.published(version, active_fraction=active_fraction, mean_lag=2.0)
+
+
+def test_mean_age_goes_to_half_the_window() -> None:
+    model = Small().become(0.0)
+    anchor = EwmaAnchor(model, 1.0, max_staleness=4)
+    publish(anchor, model, [1.0])
+    assert anchor.metrics()["anchor/ewma_age"] == pytest.approx(0.4)  # ages 0 and 1 with weights 1 and 2/3
+    publish(anchor, model, [2.0] * 200)
+    assert anchor.metrics()["anchor/ewma_age"] == pytest.approx(2.0)
+
+
+def test_a_reset_erases_history_and_is_counted() -> None:
+    model = Small().become(5.0)
+    anchor = EwmaAnchor(model, 1.0, max_staleness=4)
+    publish(anchor, model, [7.0, 9.0])
+    assert anchor.weights["weight"][0] != 9.0
+    publish(anchor, model, [0.1], active_fraction=0.899)
+    assert torch.equal(anchor.weights["weight"], model.weight)
+    assert anchor.metrics() == {"anchor/ewma_age": 0.0, "anchor/ewma_beta": 0.0, "anchor/ewma_resets": 1.0}
+    publish(anchor, model, [0.2], active_fraction=0.9)  # on the bound: no reset, and nothing from before the last one
+    assert anchor.metrics()["anchor/ewma_resets"] == 1.0
+    assert anchor.weights["weight"][0].item() == pytest.approx((0.2 + 0.1 * 2 / 3) / (1 + 2 / 3))
+
+
+def test_beta_zero_is_the_current_weights_bitwise(make_model: MakeModel, make_rows: MakeRows) -> None:
+    model = make_model(0)
+    anchor = EwmaAnchor(model, 1.0, max_staleness=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.37)
+    anchor.published(1, active_fraction=1.0, mean_lag=0.0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(anchor.weights[name], parameter)
+    batches = build_micro_batches(make_rows([9, 14, 5]), max_tokens=64)
+    for batch, proximal in zip(batches, anchor.proximal(batches, trainer_version=4, reuse_policy=True)):
+        assert proximal.from_policy is None
+        assert torch.equal(proximal.logprobs, token_logprobs(model, batch).logprobs)
+        assert not proximal.logprobs.requires_grad
+
+
+def test_buffers_are_copied_and_the_average_is_kept_in_fp32() -> None:
+    model = Small(torch.bfloat16).become(1.0)
+    anchor = EwmaAnchor(model, 1.0, max_staleness=4)
+    publish(anchor, model, [1.0078125] * 3)  # the next bf16 number: a bf16 average could not move between them
+    average = anchor.weights["weight"]
+    assert average.dtype == torch.float32
+    assert 1.0 < average[0].item() < 1.0078125
+    assert anchor.state_dict()["average"]["seen"].item() == pytest.approx(1.0078125)
+
+
+def test_the_trainers_weights_are_not_touched() -> None:
+    model = Small().become(1.0)
+    anchor = EwmaAnchor(model, 1.0, max_staleness=4)
+    publish(anchor, model, [2.0, 3.0])
+    assert model.weight.tolist() == [3.0] * 3
+    assert model.weight.requires_grad
+
+
+def test_resume_is_bitwise() -> None:
+    values = [0.3, -1.7, 2.2, 0.9, 5.1, -0.4]
+    model = Small().become(1.1)
+    whole = EwmaAnchor(model, 1.0, max_staleness=4)
+    publish(whole, model, values)
+    model = Small().become(1.1)
+    first = EwmaAnchor(model, 1.0, max_staleness=4)
+    publish(first, model, values[:3])
+    state = first.state_dict()
+    publish(first, model, [99.0])  # what was saved does not follow
+    second = EwmaAnchor(Small().become(values[2]), 1.0, max_staleness=4)
+    second.load_state_dict(state)
+    model = second._model
+    assert isinstance(model, Small)
+    publish(second, model, values[3:])
+    assert torch.equal(second.weights["weight"], whole.weights["weight"])
+    assert second.metrics() == whole.metrics()
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_model: MakeModel) -> None:
+    anchor = EwmaAnchor(make_model(), 1.0, max_staleness=4)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        anchor.load_state_dict(EwmaAnchor(Small(), 1.0, max_staleness=4).state_dict())
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        anchor.load_state_dict({})
+
+
+def test_broken_weights_are_an_error(make_model: MakeModel, make_rows: MakeRows) -> None:
+    model = make_model()
+    anchor = EwmaAnchor(model, 1.0, max_staleness=4)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    anchor.published(1, active_fraction=1.0, mean_lag=1.0)
+    with pytest.raises(TrainingError, match="anchor ewma scored a non-finite logprob"):
+        anchor.proximal(build_micro_batches(make_rows([9]), max_tokens=64), trainer_version=4, reuse_policy=True)
+
+
+def test_mutant_that_keeps_old_buffers_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ewma_module, "average_in", lambda average, current, weight, beta: None)
+    with pytest.raises(AssertionError):
+        test_a_reset_erases_history_and_is_counted()
