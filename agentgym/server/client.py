@@ -27,6 +27,7 @@ from agentgym.server.wire import Batch, Evaluation, PublishReport, ServiceStatus
 POLL_S = 5.0  # how long one request of a long wait may take
 STARTUP_S = 180.0  # loading transformers, the model and, for sandboxes, Docker
 ENDING_S = 20.0  # what the service gets to close its environments before it is killed
+DYING_S = 1.0
 LOG_LINES = 25
 
 T = TypeVar("T")
@@ -74,8 +75,8 @@ class ServiceClient:
             try:
                 return self.status()
             except ServiceError as error:
-                if not isinstance(error.__cause__, httpx.TransportError) or self._explain_death():
-                    raise
+                if not isinstance(error.__cause__, httpx.TransportError):
+                    raise  # it answered, or its process is dead
                 if time.monotonic() >= deadline:
                     raise ServiceError(f"no rollout service answered at {self.url} within {timeout_s:.0f} s") from error
             time.sleep(0.1)
@@ -166,8 +167,11 @@ class ServiceClient:
         try:
             response = send()
         except httpx.TransportError as error:
-            cause = self._explain_death() or f"{type(error).__name__}: {error}"
-            raise ServiceError(f"the rollout service at {self.url} does not answer: {cause}") from error
+            if (death := self._explain_death()) is not None:
+                raise ServiceError(f"the rollout service is gone: {death}") from None
+            raise ServiceError(
+                f"the rollout service at {self.url} does not answer: {type(error).__name__}: {error}"
+            ) from error
         if optional and response.status_code == 204:
             return None
         if response.status_code == 200:
@@ -246,8 +250,10 @@ class _Child:
         return hello["url"], hello["key"]
 
     def explain_death(self) -> str | None:
-        code = self.process.poll()
-        if code is None:
+        """Asked after a connection broke, which happens a moment before the process has ended."""
+        try:
+            code = self.process.wait(DYING_S)
+        except subprocess.TimeoutExpired:
             return None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return f"its process {how}\n{self._tail()}"

@@ -184,10 +184,15 @@ class RolloutService:
 
     async def publish(self, version: int, path: str) -> PublishReport:
         """Serves the weights in `path`, which must lie in the versions folder: a request is hostile until checked."""
-        file = Path(path).resolve()
-        if not file.is_relative_to(self._versions_dir) or file.suffix != ".safetensors":
+        try:
+            file = Path(path).resolve()
+            inside = file.is_relative_to(self._versions_dir) and file.suffix == ".safetensors"
+            exists = inside and file.is_file()
+        except (OSError, ValueError) as error:  # too long, a zero byte
+            raise InputError(f"{path[:200]!r} is no path: {error}") from error
+        if not inside:
             raise InputError(f"published weights must be a .safetensors file in {self._versions_dir}, got {path!r}")
-        if not file.is_file():
+        if not exists:
             raise InputError(f"there are no weights at {path}")
         report = await self.collector.publish(WeightUpdate(version, file))
         return PublishReport(report.version, report.pause_s, report.total_s, self.collector.live_versions())
