@@ -79,6 +79,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Chooses tasks and randomness.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of a model; 0 is greedy.")] = 1.0,
     sandbox: Annotated[SandboxTier, typer.Option(help="Where environments run code.")] = "auto",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="For openai: of one reply.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="For openai: a file that holds the API key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")] = False,
 ) -> None:
@@ -86,7 +87,8 @@ def evaluate(
     if policy in AGENTS or policy.startswith("openai:"):
         if settings:
             raise InputError(f"settings are for models, and {policy!r} has none: leave out {' '.join(settings)}")
-        result = _play_agent(env, policy, episodes, split, seed, temperature, sandbox, key_file)
+        request = {"temperature": temperature} | ({"max_tokens": max_tokens} if max_tokens else {})
+        result = _play_agent(env, policy, episodes, split, seed, sandbox, key_file, request)
     else:
         result = _play_model(env, policy, episodes, split, seed, temperature, sandbox, settings or [])
     result = {"env": env, "policy": policy, "split": split, "seed": seed, **result}
@@ -142,15 +144,15 @@ def _env_row(record: Any) -> dict[str, Any]:
 
 
 def _play_agent(
-    env: str, policy: str, episodes: int, split: Split, seed: int, temperature: float, tier: SandboxTier,
-    key_file: Path | None,
+    env: str, policy: str, episodes: int, split: Split, seed: int, tier: SandboxTier, key_file: Path | None,
+    request: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     from agentgym.agents import agent_from
     from agentgym.registry import lookup
     from agentgym.rollout.play import evaluate_agent
 
     record = lookup(env)
-    agent = agent_from(policy, record, _read_key(key_file), temperature=temperature)
+    agent = agent_from(policy, record, _read_key(key_file), **request)
     takes_sandbox = "sandbox" in inspect.signature(record.env_class).parameters
     summary = evaluate_agent(
         env, agent, episodes, split=split, seed=seed, env_kwargs={"sandbox": tier} if takes_sandbox else {}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 AGENTGYM = (sys.executable, "-m", "agentgym.cli")
-SMALL = ("engine.slots=4", "rollout.in_flight=4", "rollout.max_episode_tokens=120", "rollout.max_tokens_per_turn=6")
+SMALL = ("engine.slots=4", "rollout.in_flight=4", "rollout.max_episode_tokens=250", "rollout.max_tokens_per_turn=6")
 
 
 def agentgym(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -46,8 +46,9 @@ def test_a_served_model_plays_and_ctrl_c_ends_it_whole(
 ) -> None:
     process, url = served
     result = agentgym(
-        "eval", "maze", "--policy", f"openai:{url}#{random_model}", "--episodes", "3", "--json", cwd=tmp_path
-    )
+        "eval", "maze", "--policy", f"openai:{url}#{random_model}", "--episodes", "3", "--max-tokens", "8", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     value = json.loads(result.stdout)
     assert (value["episodes"], value["valid"], value["failed"]) == (3, 3, 0)
