@@ -45,7 +45,8 @@ class Cgroup:
         try:
             for folder in self._folders:
                 for pid in pids:
-                    (folder / "cgroup.procs").write_text(str(pid))
+                    with contextlib.suppress(ProcessLookupError):  # it ended at once; the start that follows says why
+                        (folder / "cgroup.procs").write_text(str(pid))
         except OSError as error:
             raise SandboxError(f"a box cannot be moved into its cgroup {error.filename}: {error.strerror}") from error
 
@@ -72,8 +73,9 @@ def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
     own = ROOT / _own_cgroups().get("", "/").lstrip("/")
     # processes may live only in leaves, so a child of our own cgroup gets controllers only if that is a root
     for parent in dict.fromkeys((own, own.parent if own != ROOT else ROOT)):
-        with contextlib.suppress(OSError):
-            (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        for controller in ("memory", "pids", "cpu"):
+            with contextlib.suppress(OSError):
+                (parent / "cgroup.subtree_control").write_text(f"+{controller}")
         folder = parent / name
         try:
             folder.mkdir()

@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from agentgym.errors import SandboxError, UnavailableError
+from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import cgroup
 from agentgym.sandbox.box import BOX_UID, WORK_DIRECTORY, WorkerSandbox
 from agentgym.sandbox.socket_channel import SocketChannel
@@ -61,7 +61,7 @@ class NamespaceSandbox(WorkerSandbox):
         limits = dict(self._cgroup.limits) if self._cgroup else {}
         rlimits = _rlimits(spec, limits)
         ours, theirs = socket.socketpair()
-        self._process = BubblewrapProcess(_command(bwrap, spec, python, prefix, name), theirs, _host_uid(prefix))
+        self._process = BubblewrapProcess(_command(bwrap, spec, python, prefix), theirs, _host_uid())
         super().__init__("namespace", name, spec, SocketChannel(ours, self._process.epitaph), limits)
         try:
             self._process.start()
@@ -69,8 +69,10 @@ class NamespaceSandbox(WorkerSandbox):
             if self._cgroup:  # nothing of the box has run yet: the worker itself is sent after this
                 self._cgroup.add(pids)
             self._boot(rlimits)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, SandboxDiedError) and "bwrap: " in self._process.epitaph():
+                raise _start_error(self._process.epitaph()) from error
             raise
 
     def _end(self) -> None:
@@ -168,10 +170,10 @@ def namespace_problem() -> str | None:
     """Why this machine cannot have namespace boxes, with the mend; None if it can."""
     try:
         bwrap = find_bubblewrap()
-        _, prefix = find_python()
+        find_python()
     except UnavailableError as error:
         return str(error)
-    uid = _host_uid(prefix)
+    uid = _host_uid()
     trial = [bwrap, *ISOLATION, "--ro-bind", "/usr", "/usr", *_links()]
     try:
         done = subprocess.run(
@@ -223,6 +225,11 @@ def find_python() -> tuple[str, str | None]:
     own = str(Path(sys.base_prefix).resolve())
     candidate = f"{own}/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
     if os.access(candidate, os.X_OK) and _usable(candidate):
+        if os.geteuid() == 0 and not all(folder.stat().st_mode & 0o001 for folder in (Path(own), *Path(own).parents)):
+            raise UnavailableError(
+                f"the only Python here, {candidate}, lies where only root can go, and a box does not run as root; "
+                "install python3 in /usr (apt-get install python3)"
+            )
         return candidate, None if own.startswith("/usr/") else own
     raise UnavailableError("no python3 with its standard library was found for the box; install python3 in /usr")
 
@@ -233,15 +240,10 @@ def _usable(python: str) -> bool:
     return done.returncode == 0
 
 
-def _host_uid(prefix: str | None) -> int | None:
-    """As whom bubblewrap starts: None = as we are; a root owner becomes an unprivileged uid if that can still reach
-    the interpreter."""
-    if os.geteuid() != 0:
-        return None
-    if prefix and not all(folder.stat().st_mode & 0o001 for folder in (Path(prefix), *Path(prefix).parents)):
-        logger.warning("namespace boxes run as root of the host, confined, because only root can read %s", prefix)
-        return None
-    return BOX_UID
+def _host_uid() -> int | None:
+    """As whom bubblewrap starts: None = as we are; a root owner becomes an unprivileged uid, because to root's own uid
+    too much of /proc is open, capabilities or not."""
+    return BOX_UID if os.geteuid() == 0 else None
 
 
 def _links() -> list[str]:
@@ -255,7 +257,7 @@ def _links() -> list[str]:
     return options
 
 
-def _command(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None, name: str) -> list[str]:
+def _command(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> list[str]:
     able = _help(bwrap)
     options = [*ISOLATION]
     if "--disable-userns" in able:
@@ -264,12 +266,12 @@ def _command(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None, nam
     options += ["--ro-bind", "/usr", "/usr", *_links(), "--perms", "0755", "--dir", "/etc"]
     for path in (*HOST_FILES, *(["/nix/store"] if os.path.isdir("/nix/store") else [])):
         options += ["--ro-bind-try", path, path]
-    if prefix:
-        options += ["--ro-bind", prefix, prefix]
     options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     size = ["--size", str(spec.tmpfs_mb * 2**20)] if "--size BYTES" in able else []
     for folder in ("/tmp", "/dev/shm", WORK_DIRECTORY):
         options += [*size, "--tmpfs", folder]
+    if prefix:
+        options += ["--ro-bind", prefix, prefix, "--setenv", "PATH", f"{prefix}/bin:/usr/local/bin:/usr/bin:/bin"]
     options += ["--remount-ro", "/", "--chdir", WORK_DIRECTORY]
     return [bwrap, *options, "--", *boot_command(python)]
 
