@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from agentgym.errors import TrainingError, UnknownNameError, VersionError
@@ -206,6 +210,49 @@ def test_a_copy_never_calls_the_originals_forward(make_model: MakeModel, make_ro
     (batch,) = build_micro_batches(make_rows([9]), max_tokens=64)
     assert torch.equal(token_logprobs(copied, batch).logprobs, token_logprobs(other, batch).logprobs)
     assert not any(parameter.requires_grad for parameter in copied.parameters())
+
+
+@pytest.fixture
+def mixed_precision() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_scoring_keeps_the_policys_mixed_precision(
+    models: dict[int, LlamaForCausalLM], make_rows: MakeRows, mixed_precision: Accelerator
+) -> None:
+    (batch,) = build_micro_batches(make_rows(LENGTHS, newest_version=3, span=0), max_tokens=10_000)
+    in_fp32 = token_logprobs(models[NEWEST], batch, 0.8).logprobs
+    source = Published({3: copy.deepcopy(models[NEWEST])}, {3})
+    model = mixed_precision.prepare(models[NEWEST])
+    policy = token_logprobs(model, batch, 0.8).logprobs.detach()
+    assert not torch.allclose(policy, in_fp32, atol=1e-4)
+    anchor = make_anchor("snapshot", model, source, temperature=0.8, max_staleness=4)
+    (proximal,) = anchor.proximal([batch], trainer_version=NEWEST, reuse_policy=True)
+    assert torch.equal(proximal.resolve(policy), policy)
+
+
+class Talkative(nn.Module):
+    """A data-parallel wrapper whose forward is a collective: a rank that calls it alone waits for ever."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: object) -> object:
+        raise AssertionError("scoring went through the wrapper")
+
+
+@pytest.mark.parametrize("name", ANCHORS)
+def test_scoring_never_talks_to_other_ranks(
+    name: str, models: dict[int, LlamaForCausalLM], make_rows: MakeRows
+) -> None:
+    source = Published(models, {1, 2, 3})
+    anchor = make_anchor(name, Talkative(models[NEWEST]), source, temperature=0.8, max_staleness=4)
+    batches = build_micro_batches(make_rows(LENGTHS), max_tokens=64)
+    assert len(anchor.proximal(batches, trainer_version=NEWEST, reuse_policy=False)) == len(batches)
+    anchor.published(NEWEST + 1, active_fraction=1.0, mean_lag=1.0)
 
 
 # --------------------------------------------------------------------------------------------- behavior and resident

@@ -10,7 +10,7 @@ from torch import nn
 
 from agentgym_trainer.anchors.protocol import Proximal, require_finite
 from agentgym_trainer.batch import MicroBatch
-from agentgym_trainer.logprobs import token_logprobs
+from agentgym_trainer.logprobs import token_logprobs, unwrap
 
 
 class BehaviorAnchor:
@@ -54,7 +54,8 @@ class ResidentAnchor:
 
     @torch.no_grad()
     def _score(self, batch: MicroBatch) -> torch.Tensor:
-        logprobs = token_logprobs(self._model, batch, self._temperature).logprobs
+        # Without the wrapper: its forward may talk to the other ranks, which score other numbers of micro-batches.
+        logprobs = token_logprobs(unwrap(self._model), batch, self._temperature).logprobs
         return require_finite(logprobs, self.name, "the trainer's weights")
 
     def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:

@@ -20,8 +20,10 @@ from agentgym_trainer.logprobs import token_logprobs, unwrap
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the model inside any wrapper, in evaluation mode, without gradients."""
     frozen = copy.deepcopy(unwrap(model))
-    # A wrapper may have put a forward of its own on the instance; copied, it would still call the original's weights.
-    frozen.__dict__.pop("forward", None)
+    # Mixed precision puts a forward of its own on the instance. As a method it is copied with it and keeps scoring and
+    # policy in one precision; as a closure it would go on calling the original's weights.
+    if getattr(frozen.__dict__.get("forward"), "__self__", None) is not frozen:
+        frozen.__dict__.pop("forward", None)
     return frozen.requires_grad_(False).eval()
 
 

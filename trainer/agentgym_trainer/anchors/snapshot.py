@@ -18,7 +18,7 @@ from agentgym_trainer.anchors.ewma import EwmaAnchor
 from agentgym_trainer.anchors.protocol import Proximal, VersionSource, require_finite
 from agentgym_trainer.anchors.scoring import ScoringModel
 from agentgym_trainer.batch import MicroBatch
-from agentgym_trainer.logprobs import logprob_dtype, token_logprobs
+from agentgym_trainer.logprobs import logprob_dtype, token_logprobs, unwrap
 
 
 class SnapshotAnchor:
@@ -77,7 +77,8 @@ class SnapshotAnchor:
             assert self._fallback is not None
             return self._fallback.score
         if version == trainer_version:
-            return lambda part: token_logprobs(self._model, part, self._temperature).logprobs
+            # Without the wrapper: its forward may talk to the other ranks, which score other numbers of micro-batches.
+            return lambda part: token_logprobs(unwrap(self._model), part, self._temperature).logprobs
         return self._scoring.score
 
     def _score_into(
@@ -111,7 +112,9 @@ def _count_exact(micro_batches: Sequence[MicroBatch], gone: set[int]) -> dict[st
     was sampled from no single version's distribution, so its logprob is not called exact."""
     num_fallbacks = num_exact = 0
     for batch in micro_batches:
-        missing = torch.isin(batch.policy_versions, torch.tensor(sorted(gone), dtype=torch.int64, device=batch.policy_versions.device))
+        missing = torch.isin(
+            batch.policy_versions, torch.tensor(sorted(gone), dtype=torch.int64, device=batch.policy_versions.device)
+        )
         fresh_kv = batch.kv_versions >= batch.policy_versions
         num_fallbacks += int((batch.loss_mask & missing).sum())
         num_exact += int((batch.loss_mask & ~missing & fresh_kv).sum())
