@@ -43,12 +43,15 @@ def _read_config(path: Path) -> ServiceConfig:
     return parse_config(ServiceConfig, values, source=str(path))
 
 
-if __name__ == "__main__":
-    code = 1
+def _run() -> int:
     try:
-        code = main()
-    except BaseException:
+        return main()
+    except SystemExit as stop:  # argparse
+        return int(stop.code or 0)
+    except BaseException:  # noqa: BLE001 - a bug: its traceback belongs into the log that the parent shows the end of
         traceback.print_exc()
-        raise
-    finally:
-        end_process(code)
+        return 1
+
+
+if __name__ == "__main__":
+    end_process(_run())

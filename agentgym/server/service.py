@@ -120,21 +120,19 @@ class RolloutService:
         """Opens everything. Raises InputError and its kin for what cannot run on this machine, EngineError."""
         record = registry.lookup(config.env.id)
         kwargs = _env_kwargs(record, config)
-        renderer = load_renderer(model_folder, config.render.tool_format)
-        # twice in_flight: an evaluation may run beside the collector
-        most = 2 * config.rollout.in_flight
+        # the engine last: it takes longest, and what is wrong with the rest is told at once
+        renderer = await asyncio.to_thread(load_renderer, model_folder, config.render.tool_format)
+        most = 2 * config.rollout.in_flight  # an evaluation may run beside the collector
         environments = await asyncio.to_thread(
             EnvironmentPool, lambda: registry.make(record.env_id, **kwargs), most, config.rollout.max_env_call_s
         )
+        engine: Engine | None = None
         try:
             engine = await engine_factory(config, model_folder)
-        except BaseException:
-            await environments.close()
-            raise
-        try:
             return cls(config, record, environments, renderer, engine, run_dir, versions_dir)
         except BaseException:
-            await engine.close()
+            if engine is not None:
+                await engine.close()
             await environments.close()
             raise
 
