@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from agentgym.errors import SandboxError
@@ -40,13 +39,12 @@ class Cgroup:
             return None
         return cls(folders, limits)
 
-    def add(self, pids: Iterable[int]) -> None:
-        """Moves processes in; what they fork from then on is in too."""
+    def add(self, pid: int) -> None:
+        """Moves a process in; what it forks from then on is in too."""
         try:
             for folder in self._folders:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):  # it ended at once; the start that follows says why
-                        (folder / "cgroup.procs").write_text(str(pid))
+                with contextlib.suppress(ProcessLookupError):  # it ended at once; the start that follows says why
+                    (folder / "cgroup.procs").write_text(str(pid))
         except OSError as error:
             raise SandboxError(f"a box cannot be moved into its cgroup {error.filename}: {error.strerror}") from error
 

@@ -65,9 +65,9 @@ class NamespaceSandbox(WorkerSandbox):
         super().__init__("namespace", name, spec, SocketChannel(ours, self._process.epitaph), limits)
         try:
             self._process.start()
-            pids = self._process.wait_pids()
+            pid = self._process.worker_pid()
             if self._cgroup:  # nothing of the box has run yet: the worker itself is sent after this
-                self._cgroup.add(pids)
+                self._cgroup.add(pid)
             self._boot(rlimits)
         except BaseException as error:
             self.close()
@@ -134,9 +134,8 @@ class BubblewrapProcess:
                 self._complaint = (self._complaint + chunk)[-4096:]
         process.wait()
 
-    def wait_pids(self) -> list[int]:
-        """bubblewrap's own process and the worker's, as the host counts them."""
-        assert self._process is not None
+    def worker_pid(self) -> int:
+        """The worker's process, as the host counts it."""
         text, until = b"", time.monotonic() + START_S
         while not text.rstrip().endswith(b"}"):
             if not select.select([self._info_read], [], [], max(0.0, until - time.monotonic()))[0]:
@@ -145,7 +144,7 @@ class BubblewrapProcess:
             if not chunk:
                 raise _start_error(self.epitaph())
             text += chunk
-        return [self._process.pid, int(json.loads(text)["child-pid"])]
+        return int(json.loads(text)["child-pid"])
 
     def epitaph(self) -> str:
         """How it ended, with what bubblewrap said."""

@@ -23,7 +23,7 @@ class SandboxSpec:
     memory_mb: int = 512
     cpus: float = 1.0
     pids: int = 128
-    tmpfs_mb: int = 64  # the writable disk: /tmp and the work directory
+    tmpfs_mb: int = 64  # the writable disk: /tmp and /work have this much each, and what is in them counts as memory
     output_limit: int = 65_536  # bytes kept of stdout and of stderr, half head and half tail
     environment: Mapping[str, str] = field(default_factory=dict)
 
