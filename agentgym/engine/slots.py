@@ -36,7 +36,7 @@ class SlotTable:
         self.filled = np.zeros(num_slots, np.int64)  # tokens whose keys and values are in the cache
         self.running = np.zeros(num_slots, bool)
         self.temperature = np.ones(num_slots, np.float32)
-        self._used = np.zeros(num_slots, np.int64)
+        self.since = np.zeros(num_slots, np.int64)  # when its request came or went, in requests
         self._clock = 0
 
     def place(self, prompt: np.ndarray) -> Placement | None:
@@ -57,14 +57,14 @@ class SlotTable:
         if (common[self.running] >= best + _MIN_COPY).any():
             return None
         free = np.flatnonzero(~self.running)
-        oldest = int(free[self._used[free].argmin()])
+        oldest = int(free[self.since[free].argmin()])
         if best < _MIN_COPY:
             return Placement(oldest, oldest, int(shared[oldest]))
         if not self.running[source] and (len(free) == 1 or best == self.filled[source]):
             return Placement(source, source, best)
         if oldest == source:
             others = free[free != source]
-            oldest = int(others[self._used[others].argmin()]) if len(others) else source
+            oldest = int(others[self.since[others].argmin()]) if len(others) else source
         return Placement(oldest, source, best)
 
     def _continued(self, prompt: np.ndarray, usable: int) -> int | None:
@@ -104,4 +104,4 @@ class SlotTable:
 
     def _touch(self, slot: int) -> None:
         self._clock += 1
-        self._used[slot] = self._clock
+        self.since[slot] = self._clock

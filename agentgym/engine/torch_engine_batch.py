@@ -21,8 +21,11 @@ from agentgym.engine.torch_engine_cache import GROUPED, SlotCache
 from agentgym.errors import EngineError, InputError
 from agentgym.policy import FinishReason, SamplingParams
 
-_PREFILL_FLOP = 1e10  # a prefill forward of more work than this would keep a pause waiting for too long
-_PREFILL_TOKENS = (64, 4096)
+_PREFILL_FLOP = 3e10  # a prefill forward of more work than this would keep a pause waiting for too long
+_PREFILL_TOKENS = (128, 4096)  # least and most of one forward, whatever the model
+_PREFILL_SHARE = 0.25  # of the rows that are ready to decode: fewer rows wait for others to prefill with
+_PREFILL_PATIENCE = 4  # steps, at most
+_PREFILL_SPREAD = 2  # rows of one prefill differ in length by at most twice this factor, or padding outweighs them
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of logprobs
 
 
@@ -55,6 +58,7 @@ class SlotBatch:
         self.prefilled_tokens = 0
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self._prefill_tokens = int(np.clip(_PREFILL_FLOP / (2 * parameters), *_PREFILL_TOKENS))
+        self._held = 0  # steps for which rows that need a prefill have been waiting for more of them
         self._table = SlotTable(num_slots, max_context)
         self._cache = SlotCache(num_slots, max_context)
         self._columns = torch.arange(max_context)
@@ -84,7 +88,7 @@ class SlotBatch:
         outcomes = self._drop_cancelled()
         self._admit()
         pending = np.where(self._table.running, self._table.length - self._table.filled, 0)
-        if (pending > 1).any():
+        if self._prefill_pays(pending):
             rows, counts = self._prefill_rows(pending)
             self.prefilled_tokens += int(counts.sum())
             logits = self._forward(rows, counts)
@@ -124,13 +128,25 @@ class SlotBatch:
         self._table.occupy(placement, work.prompt, draws, work.params.temperature)
         self.running[placement.slot] = work
 
+    def _prefill_pays(self, pending: np.ndarray) -> bool:
+        """Whether to prefill now: a forward of few tokens costs about what one of many does, so few wait for others."""
+        waiting = pending > 1
+        few = waiting.sum() < _PREFILL_SHARE * (pending == 1).sum()
+        small = pending[waiting].sum() < _PREFILL_SHARE * self._prefill_tokens
+        self._held = self._held + 1 if waiting.any() and few and small else 0
+        if self._held > _PREFILL_PATIENCE:
+            self._held = 0
+        return bool(waiting.any()) and self._held == 0
+
     def _prefill_rows(self, pending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the next prefill and how many tokens of each: the longest first, as many as the budget holds."""
-        order = np.argsort(-pending, kind="stable")
-        width = min(int(pending[order[0]]), self._prefill_tokens)
-        order = order[: max(1, self._prefill_tokens // width)]
-        rows = np.sort(order[pending[order] > 1])
-        return rows, np.minimum(pending[rows], width)
+        """The rows of the next prefill and how many tokens of each: the row that has waited longest and those of
+        about its length, as many as the budget holds."""
+        rows = np.flatnonzero(pending > 1)
+        seed = pending[rows[self._table.since[rows].argmin()]]
+        rows = rows[(pending[rows] * _PREFILL_SPREAD >= seed) & (pending[rows] <= seed * _PREFILL_SPREAD)]
+        width = min(int(pending[rows].max()), self._prefill_tokens)
+        rows = rows[np.argsort(self._table.since[rows])][: max(1, self._prefill_tokens // width)]
+        return np.sort(rows), np.minimum(pending[np.sort(rows)], width)
 
     def _end(self, slot: int) -> Work:
         self._table.release(slot)
@@ -143,17 +159,15 @@ class SlotBatch:
         table, width = self._table, int(counts.max())
         rows = SlotCache.batch_rows(live) if width == 1 else live
         dense = len(rows) != len(live)
-        taken = counts
+        columns = np.arange(1 - width, 1) + (table.filled[live] + counts)[:, None] - 1
+        real = columns >= table.filled[live][:, None]  # [R, T], False where padded
+        positions, writes = np.where(real, columns, 0), np.where(real, columns, self.max_context)
+        token_ids = table.tokens[live[:, None], positions]
         if dense:
-            taken = np.zeros(len(rows), np.int64)
-            taken[live] = counts
-        columns = np.arange(width) + (taken - width)[:, None]  # [R, T], negative where padded
-        real = columns >= 0
-        positions = np.where(real, table.filled[rows][:, None] + columns, 0)
-        token_ids = np.where(real, table.tokens[rows[:, None], positions], 0)
-        seen = self._cache.select(
-            rows, np.where(real, positions, self.max_context), int((table.filled[live] + counts).max())
-        )
+            positions, token_ids = _spread(positions, live, len(rows), 0), _spread(token_ids, live, len(rows), 0)
+            writes = _spread(writes, live, len(rows), self.max_context)
+        table.filled[live] += counts
+        seen = self._cache.select(rows, writes, int(table.filled[live].max()))
         at = torch.from_numpy(positions)
         mask = torch.where(self._columns[:seen] > at[:, :, None], self._shut, self._open)  # [R, T, L]
         logits = self.model(
@@ -164,7 +178,6 @@ class SlotBatch:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        table.filled[live] += counts
         return logits[torch.from_numpy(live)] if dense else logits
 
     def _sample(self, rows: np.ndarray, logits: torch.Tensor, outcomes: list[Outcome]) -> None:
@@ -243,14 +256,21 @@ def draw(logits: torch.Tensor, temperature: np.ndarray, draws: np.ndarray) -> tu
     if (temperature != 1.0).any():
         heat = torch.from_numpy(np.where(temperature == 0, 1, temperature).astype(np.float32))
         scaled = (scaled - scaled.amax(-1, keepdim=True)) / heat[:, None]
-    logprobs = scaled.log_softmax(-1)
-    cumulated = logprobs.exp().cumsum(-1)
+    probabilities = scaled.softmax(-1)
+    cumulated = probabilities.cumsum(-1)
     targets = torch.from_numpy(draws)[:, None] * cumulated[:, -1:]
     chosen = torch.searchsorted(cumulated, targets, right=True).clamp_(max=logits.shape[1] - 1)
     if (temperature == 0).any():
         greedy = torch.from_numpy(temperature == 0)
-        chosen = torch.where(greedy[:, None], logprobs.argmax(-1, keepdim=True), chosen)
-    return chosen[:, 0], logprobs.gather(1, chosen)[:, 0]
+        chosen = torch.where(greedy[:, None], probabilities.argmax(-1, keepdim=True), chosen)
+    return chosen[:, 0], probabilities.gather(1, chosen)[:, 0].log()
+
+
+def _spread(values: np.ndarray, live: np.ndarray, count: int, idle: int) -> np.ndarray:
+    """`values` [R, T] of the live rows among `count` rows, the others `idle`."""
+    wide = np.full((count, values.shape[1]), idle)
+    wide[live] = values
+    return wide
 
 
 def _check_context(model: PreTrainedModel, max_context: int) -> None:
