@@ -26,14 +26,15 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        config = _read_config(options.config)
+        config = read_config(options.config)
         return run_child(config, options.model, options.run_dir, options.versions_dir, options.ready_fd)
     except AgentGymError as error:
         logging.error("%s", error)
         return error.exit_code
 
 
-def _read_config(path: Path) -> ServiceConfig:
+def read_config(path: Path) -> ServiceConfig:
+    """Reads what a parent wrote (.json) or a person (.toml). Raises ConfigError."""
     if path.suffix != ".json":
         return load_config(ServiceConfig, path)
     try:

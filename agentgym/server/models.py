@@ -40,11 +40,11 @@ def resolve_model(
     if name in builders:
         try:
             build = builders[name].load()
+            return build(env_id, seed, cache or cache_dir(), report)
         except ImportError as error:
             raise UnavailableError(f"model {name!r} needs {error.name}: pip install 'agentgym-rl[train]'") from error
-        return build(env_id, seed, cache or cache_dir(), report)
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         raise UnknownNameError.of("model", name, builders)
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {name} holds no config.json; save a model there with save_pretrained")

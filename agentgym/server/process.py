@@ -106,7 +106,7 @@ async def _run(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     watching = asyncio.create_task(_watch_parent(parent, stopping)) if parent is not None else None
-    keys = Keys(secrets.token_urlsafe(32), _read_key(config.server))
+    keys = Keys(secrets.token_urlsafe(32), read_key(config.server))
     with listen(config.server) as listener:
         starting = asyncio.create_task(
             RolloutService.start(config, model_folder, run_dir, versions_dir, engine_factory)
@@ -180,7 +180,8 @@ def url(listener: socket.socket, section: ServerSection) -> str:
     return f"http://{host}:{listener.getsockname()[1]}"
 
 
-def _read_key(section: ServerSection) -> str | None:
+def read_key(section: ServerSection) -> str | None:
+    """The key of the OpenAI surface, if it has one. Raises InputError for a file that holds none."""
     if section.api_key_file is None:
         return None
     try:

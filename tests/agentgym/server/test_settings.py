@@ -1,0 +1,90 @@
+"""What a service configuration refuses, and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentgym.config import parse_config
+from agentgym.errors import ConfigError, InputError, UnavailableError
+from agentgym.server.process import listen
+from agentgym.server.settings import ServerSection, ServiceConfig
+
+
+def config_of(**sections: Any) -> ServiceConfig:
+    return parse_config(ServiceConfig, {"env": {"id": "maze"}, **sections})
+
+
+def test_the_defaults_are_a_run() -> None:
+    config = config_of()
+    assert (config.rollout.group_size, config.rollout.max_staleness, config.server.host) == (8, 2, "127.0.0.1")
+    assert config.max_context == config.rollout.max_episode_tokens
+    assert config_of(engine={"max_context": 4096}).max_context == 4096
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"rollout": {"group_size": 1}}, "rollout.group_size: must be >= 2 for group advantages, got 1"),
+        ({"rollout": {"in_flight": 0}}, "rollout.in_flight: must be >= 1, got 0"),
+        ({"rollout": {"max_staleness": -1}}, "rollout.max_staleness: must be >= 0, got -1"),
+        ({"rollout": {"temperature": 0.0}}, "rollout.temperature: must be finite and > 0, got 0.0"),
+        ({"rollout": {"max_episode_s": float("inf")}}, "rollout.max_episode_s: must be finite"),
+        ({"rollout": {"groupsize": 4}}, "unknown key 'rollout.groupsize'; did you mean 'rollout.group_size'"),
+        ({"engine": {"max_context": 64}}, r"engine.max_context must be >= rollout.max_episode_tokens \(2048\), got 64"),
+        ({"engine": {"kind": "torhc"}}, "engine.kind"),
+        ({"engine": {"dtype": "float16"}}, "engine.dtype"),
+        ({"server": {"port": 70000}}, "server.port: must be 0 to 65535, got 70000"),
+        ({"server": {"host": "0.0.0.0"}}, "listening on 0.0.0.0 demands server.api_key_file"),
+        ({"server": {"host": "my-machine"}}, "listening on my-machine demands server.api_key_file"),
+        ({"sandbox": {"tier": "none"}}, "sandbox.tier"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_its_path(sections: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config_of(**sections)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.1.2.3"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert config_of(server={"host": host}).server.is_loopback
+
+
+def test_elsewhere_with_a_key(tmp_path: Path) -> None:
+    assert not config_of(server={"host": "0.0.0.0", "api_key_file": tmp_path / "key"}).server.is_loopback
+
+
+def test_a_key_file_is_read_and_a_short_key_refused(tmp_path: Path) -> None:
+    from agentgym.server.process import read_key
+
+    key = tmp_path / "key"
+    section = ServerSection(api_key_file=key)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_key(section)
+    key.write_text("short\n")
+    with pytest.raises(InputError, match="at least 16 characters, got 5"):
+        read_key(section)
+    key.write_text("long-enough-to-be-a-key\n")
+    assert read_key(section) == "long-enough-to-be-a-key"
+    assert read_key(ServerSection()) is None
+
+
+def test_a_taken_port_is_said() -> None:
+    with listen(ServerSection()) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UnavailableError, match=f"cannot listen on 127.0.0.1:{port}"):
+            listen(ServerSection(port=port))
+
+
+def test_the_child_reads_back_what_the_parent_wrote(tmp_path: Path) -> None:
+    from agentgym.server.__main__ import read_config
+
+    config = config_of(env={"id": "maze", "kwargs": {"a": [1, None]}}, server={"api_key_file": tmp_path / "key"})
+    file = tmp_path / "service.json"
+    file.write_text(config.model_dump_json(indent=2))
+    assert read_config(file) == config
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_config(file)
