@@ -79,6 +79,12 @@ def test_shares_are_balanced(lengths: list[int], world_size: int) -> None:
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
+def test_rows_are_dealt_back_and_forth() -> None:
+    rows = plain_rows([40, 30, 20, 10])
+    shares = [build_micro_batches(rows, max_tokens=1, rank=rank, world_size=2) for rank in range(2)]
+    assert [[int(batch.lengths[0]) for batch in share] for share in shares] == [[40, 10], [30, 20]]
+
+
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 150))
 def test_the_cuts_are_the_cheapest(lengths: list[int], max_tokens: int) -> None:
     lengths = sorted(lengths, reverse=True)
