@@ -129,7 +129,7 @@ class Plain:
         values = [value.strip(), *(part.strip() for part in more)] if value.strip() or more else []
         schemas = _properties(name, tools)
         if not name or len(values) > len(schemas):
-            return ToolCall(call_id, name, body if not name else " ".join(first.split()[1:] + more))
+            return ToolCall(call_id, name, " ".join(values) if name else body)
         arguments = {
             key: _typed(text, schema) for (key, schema), text in zip(schemas.items(), values, strict=False) if text
         }

@@ -34,11 +34,11 @@ from agentgym.trajectory import NO_VERSION, TokenSequence
 class Mixture:
     """How often each move is whose; the rest is random. Without a habit its share is random too.
 
-    Example: `Mixture(oracle=0.36, habit=0.48)`, with which a tiny model starts at about a third of the maze's tasks.
+    Example: `Mixture(oracle=0.30, habit=0.54)`, with which a tiny model starts at about a third of the maze's tasks.
     """
 
-    oracle: float = 0.36
-    habit: float = 0.48
+    oracle: float = 0.30
+    habit: float = 0.54
 
     def __post_init__(self) -> None:
         if self.oracle < 0 or self.habit < 0 or self.oracle + self.habit > 1:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 import agentgym
 from agentgym.errors import CheckpointError, InputError, TrainingError, UnavailableError
@@ -55,7 +56,8 @@ def tiny(env_id: str, seed: int, cache: Path, report: Report, recipe: Recipe | N
         model = build_model(recipe, summary["vocabulary"], summary["pad_token_id"], summary["end_token_id"], seed)
         with _one_thread():
             result = warm_start(model, sequences, recipe, seed, report)
-        model.save_pretrained(folder)
+        with _no_progress_bars():
+            model.save_pretrained(folder)
         (folder / "demonstrations.msgpack").unlink()
         (folder / "warm_start.json").write_text(json.dumps(asdict(result) | summary), encoding="utf-8")
         report(
@@ -136,6 +138,18 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Transformers' bars would tear the progress that `report` shows."""
+    were_on = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            enable_progress_bar()
+
+
 # ---------------------------------------------------------------------------------------------------- SmolLM2
 
 
@@ -162,13 +176,15 @@ def _convert_gguf(source: Path, folder: Path, report: Report) -> None:
     report(f"converting {source.name} to fp32 (once)")
     began = time.monotonic()
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    with _no_progress_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     # A fresh model of the same configuration has no trace of the quantised file, which would be saved along.
     config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     fresh = LlamaForCausalLM(config).to(torch.float32)
     fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(folder)
+    with _no_progress_bars():
+        fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report(f"converted in {time.monotonic() - began:.0f} s")
 

@@ -137,9 +137,10 @@ def test_bridge_begins_with_exactly_the_ids_given_and_closes_once(
     close = renderer.stop_token_ids[0]
     closed = bool(completion) and completion[-1] in renderer.stop_token_ids
     assert (added[0] == close) is not closed
-    assert added.count(close) == controls(renderer, renderer.bridge([], [close], observation)).count(close) + (
-        not closed
-    ) - 1
+    assert (
+        added.count(close)
+        == controls(renderer, renderer.bridge([], [close], observation)).count(close) + (not closed) - 1
+    )
 
 
 @quick
