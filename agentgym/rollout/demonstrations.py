@@ -46,7 +46,7 @@ class Mixture:
 
     def agent(self, record: registry.EnvRecord) -> agents.Agent:
         """Raises InputError if the environment has no oracle and one is asked for."""
-        parts = [(agents.random_agent, 1.0 - self.oracle - self.habit)]
+        parts: list[tuple[agents.Agent, float]] = [(agents.random_agent, 1.0 - self.oracle - self.habit)]
         if self.oracle:
             parts.append((agents.oracle(record), self.oracle))
         if self.habit:

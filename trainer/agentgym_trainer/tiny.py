@@ -110,7 +110,7 @@ def warm_start(
     began, cpu_began = time.monotonic(), time.process_time()
     losses: list[float] = []
     model.train()
-    for step, (ids, labels) in enumerate(_batches(rows, recipe, model.config.pad_token_id, seed)):
+    for step, (ids, labels) in enumerate(_batches(rows, recipe, model.config.pad_token_id or 0, seed)):
         # Rows are padded on the right, so that a causal model needs no mask; padding has no label.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:]

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (the templates are as their families write them)
 """Small model folders: a byte-level tokenizer with the chat templates of the families."""
 
 from __future__ import annotations
