@@ -3,8 +3,8 @@
 64 episodes of the tiny model at a time, of unequal length in every respect: prompts, number of turns, length of each
 reply and of each observation. The engine keeps 64 in flight until all are played. `generate` takes them 64 by 64 and
 plays them as a loop over turns does: one left-padded batch a turn, which ends when its longest reply does. Both sample
-at temperature 1 and give a reply the same length, so that both produce the same number of tokens. One thread; the
-engine records logprobs, `generate` is spared them.
+at temperature 1, record the logprob of each sampled token, and give a reply the same length, so that both produce the
+same number of tokens. One thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ from agentgym.engine.torch_engine import TorchEngine
 from agentgym.policy import SamplingParams
 
 _VOCAB = 357
-_MAX_CONTEXT = 544
+_MAX_CONTEXT = 1280
 _AT_ONCE = 64
-_EPISODES = 256
-_REPETITIONS = 5
+_EPISODES = 192
+_REPETITIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,22 @@ class Plan:
 
 
 def make_plans(count: int, seed: int = 0) -> list[Plan]:
-    """Prompts of 20-60 tokens, 1-6 turns, replies of 4-64 (short ones more often), observations of 4-16."""
+    """1-7 turns; prompts of 20-100 and observations of 4-64 tokens, short ones more often; replies of the length at
+    which a stop token of probability 1/16 falls, 96 tokens at most."""
     rng = np.random.default_rng(seed)
 
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(rng.integers(0, _VOCAB, rng.integers(low, high + 1)).tolist())
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, _VOCAB, length).tolist())
+
+    def lengths(low: int, high: int, number: int) -> tuple[int, ...]:  # log-uniform
+        return tuple(np.exp(rng.uniform(np.log(low), np.log(high), number)).round().astype(int).tolist())
 
     plans = []
     for _ in range(count):
-        turns = int(rng.integers(1, 7))
-        lengths = np.exp(rng.uniform(np.log(4), np.log(64), turns)).round().astype(int).tolist()
-        plans.append(Plan(ids(20, 60), tuple(lengths), tuple(ids(4, 16) for _ in range(turns))))
+        turns = int(rng.integers(1, 8))
+        observations = tuple(ids(length) for length in lengths(4, 64, turns))
+        replies = tuple(np.minimum(rng.geometric(1 / 16, turns), 96).tolist())
+        plans.append(Plan(ids(lengths(20, 100, 1)[0]), replies, observations))
     return plans
 
 
@@ -80,7 +86,7 @@ class _RowLengths(StoppingCriteria):
     def __init__(self, width: int, lengths: list[int]) -> None:
         self._ends = torch.tensor([width + length for length in lengths])
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return self._ends <= input_ids.shape[1]
 
 
@@ -103,18 +109,28 @@ def _play_batch(model: LlamaForCausalLM, plans: list[Plan]) -> int:
             input_ids[row, width - len(contexts[index]) :] = torch.tensor(contexts[index])
             attention_mask[row, width - len(contexts[index]) :] = 1
         config = GenerationConfig(
-            do_sample=True, top_k=0, top_p=1.0, max_new_tokens=max(lengths), pad_token_id=0, eos_token_id=None
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(lengths),
+            pad_token_id=0,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        output = model.generate(
+        output: Any = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([_RowLengths(width, lengths)]),
         )
+        tokens = output.sequences[:, width:]
+        logprobs = torch.stack(output.logits, 1).log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0]
         for row, index in enumerate(alive):
-            reply = output[row, width : width + lengths[row]].tolist()
+            reply = tokens[row, : lengths[row]].tolist()
+            recorded = logprobs[row, : lengths[row]].tolist()
             contexts[index] += [*reply, *plans[index].observations[turn]]
-            sampled += len(reply)
+            sampled += len(recorded)
     return sampled
 
 
