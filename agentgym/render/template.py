@@ -29,7 +29,7 @@ class Template:
     """One chat template, its special tokens, and what it was found to support."""
 
     source: str
-    variables: Mapping[str, str]  # bos_token, eos_token, ...
+    variables: Mapping[str, Any]  # bos_token, eos_token, ...
     tool_format: ToolFormat = FORMATS["hermes"]
     native_tools: bool = False
     system_role: bool = True

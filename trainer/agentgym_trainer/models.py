@@ -181,7 +181,7 @@ def _convert_gguf(source: Path, folder: Path, report: Report) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**place)
     # A fresh model of the same configuration has no trace of the quantised file, which would be saved along.
     config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
-    fresh = LlamaForCausalLM(config).to(dtype=torch.float32)
+    fresh = LlamaForCausalLM(config).float()
     fresh.load_state_dict(loaded.state_dict())
     with _no_progress_bars():
         fresh.save_pretrained(folder)
