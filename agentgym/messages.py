@@ -104,7 +104,9 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
         if all(isinstance(part, str) for part in parts):
             return "".join(parts)  # type: ignore[arg-type]
     raise InputError(f"message.content must be text or a list of text parts, got {type(content).__name__}")
