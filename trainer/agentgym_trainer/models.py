@@ -59,7 +59,7 @@ def tiny(env_id: str, seed: int, cache: Path, report: Report, recipe: Recipe | N
         with _no_progress_bars():
             model.save_pretrained(folder)
         (folder / "demonstrations.msgpack").unlink()
-        (folder / "warm_start.json").write_text(json.dumps(asdict(result) | summary), encoding="utf-8")
+        (folder / "warm_start.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
         report(
             f"warm start done: {result.parameters:,} parameters, loss {result.first_loss:.2f} -> {result.last_loss:.3f}"
             f" in {result.seconds:.0f} s"
