@@ -47,7 +47,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
+        accelerator.save_state(str(partial), safe_serialization=False)  # tied tensors once, without a warning
         if accelerator.is_main_process:
             torch.save(dict(anchor_state), partial / "anchor.pt")
             (partial / "progress.json").write_text(json.dumps(asdict(progress)))

@@ -115,11 +115,11 @@ class Leader:
         self._evaluate(progress.step, "before")
         self._client.collect(True)
 
-    def next_step(self) -> Step:
-        """Waits for the next batch and keeps the versions that its tokens carry."""
+    def next_step(self, number: int) -> Step:
+        """Waits for the batch of step `number` (counted from 1) and keeps the versions that its tokens carry."""
         began = time.monotonic()
         timeout_s = self._config.trainer.batch_timeout_s
-        batch = self._client.take_batch(self._served, timeout_s, on_wait=self._show_wait)
+        batch = self._client.take_batch(self._served, timeout_s, on_wait=self._show_wait, step=number)
         self._wait_s = time.monotonic() - began
         step = Step(batch, self._served)
         self._versions.hold("batch", step.versions)

@@ -11,6 +11,7 @@ import time
 
 from accelerate.utils import set_seed
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from agentgym.errors import InputError
 from agentgym.server.models import resolve_model
@@ -32,6 +33,7 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
     """
     started = time.monotonic()
     check(config)
+    disable_progress_bar()  # one bar a run: ours
     accelerator = make_accelerator(config)
     set_seed(config.run.seed)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
@@ -58,7 +60,7 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
         if leader:
             leader.begin(published_weights(learner.module), progress, started - progress.seconds)
         for number in range(progress.step, config.trainer.steps):
-            step = exchange.share(f"step/{number}", leader.next_step() if leader else None)
+            step = exchange.share(f"step/{number}", leader.next_step(number + 1) if leader else None)
             metrics = learner.learn(step.trajectories, step.trainer_version)
             if leader:
                 leader.publish(number + 1, step, published_weights(learner.module), metrics)
