@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -255,7 +256,9 @@ async def _main(fd: int, model_folder: Path, slots: int, max_context: int, threa
         return TorchEngine(model_folder, slots=slots, max_context=max_context, threads=threads, dtype=dtype)
 
     try:
-        child.serve(await asyncio.to_thread(load))  # in a thread, so that a parent's death is seen meanwhile
+        engine = await asyncio.to_thread(load)  # in a thread, so that a parent's death is seen meanwhile
+        gc.freeze()  # what is loaded stays; collections would only walk over it again
+        child.serve(engine)
     except AgentGymError as error:
         child.wire.send(Failed(_START, type(error).__name__, str(error)))
     await loop.create_future()  # until the socket closes

@@ -133,6 +133,49 @@ def test_the_next_turn_of_an_episode_prefills_only_what_is_new(model_of) -> None
     asyncio.run(main())
 
 
+def test_an_episode_that_waits_for_its_tool_is_not_disturbed(model_of) -> None:
+    """Rows that idle between busy ones are computed along with them; what they hold must stay good."""
+    folder, model = model_of("llama")
+
+    async def main() -> None:
+        async with engine_of(folder, slots=8) as engine:
+            rng = np.random.default_rng(3)
+            contexts = [rng.integers(0, VOCAB, 12).tolist() for _ in range(8)]
+            short = [await engine.sample(contexts[index], SamplingParams(3, seed=index)) for index in (0, 1)]
+            busy = [
+                asyncio.ensure_future(engine.sample(context, SamplingParams(40, seed=9))) for context in contexts[2:]
+            ]
+            await asyncio.gather(*busy)
+            before = (await engine.stats()).prefilled_tokens
+            for context, segment in zip(contexts, short, strict=False):
+                longer = [*context, *segment.token_ids, 5, 6]
+                assert_recorded(model, longer, await engine.sample(longer, SamplingParams(4, seed=1)))
+            assert (await engine.stats()).prefilled_tokens - before == 2 * 3
+
+    asyncio.run(main())
+
+
+def test_an_interrupted_request_goes_on_as_if_it_had_not_been(model_of) -> None:
+    folder, _ = model_of("llama")
+    params = SamplingParams(max_tokens=60, seed=5)
+
+    async def main() -> None:
+        async with engine_of(folder) as engine:
+            whole = await VersionedPolicy(engine).complete([1, 2, 3], params)
+        async with engine_of(folder) as engine:
+            running = asyncio.ensure_future(VersionedPolicy(engine).complete([1, 2, 3], params))
+            for sampled in (7, 20, 33):
+                while (await engine.stats()).sampled_tokens < sampled:
+                    await asyncio.sleep(0)
+                await engine.pause()
+                await engine.resume()
+            broken = await running
+            assert (await engine.stats()).prefilled_tokens == 3  # the same weights: nothing is computed twice
+        assert broken.token_ids == whole.token_ids
+
+    asyncio.run(main())
+
+
 def test_siblings_with_one_prompt_share_its_prefill(model_of) -> None:
     folder, model = model_of("llama")
     prompt = [(7 * index) % VOCAB for index in range(40)]
