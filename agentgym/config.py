@@ -84,7 +84,9 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"unknown key {path!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("missing", "value_error"):
+    if problem["type"] == "missing":
+        return f"{path} is required; set it in the file or as {path}=..."
+    if problem["type"] == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path}: {message}, got {problem['input']!r}"
 

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from agentgym.errors import CheckpointError, VersionError
 
-_ISSUED = "issued"  # the last number given out; written before the weights, so a crash can burn a number, never reuse it
+# The file of the last number given out. It is written before the weights: a crash can burn a number, never reuse it.
+_ISSUED = "issued"
 
 
 class VersionReader:

@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         console.print("interrupted; nothing was left behind", style="red")
-        return 130
+        return 1
     return 0
 
 

@@ -93,10 +93,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_where_its_checkpoint_stands(
     versions = [row["policy_version"] for row in rows]
     assert versions == sorted(set(versions))
     assert rows[checkpoint]["policy_version"] > issued  # numbers given out before the crash are not used again
-    first, second = (
-        {t.group_id for t in read_trajectories(step_file(folder, step))}
-        for step in (1, checkpoint + 1)
-    )
+    first, second = ({t.group_id for t in read_trajectories(step_file(folder, step))} for step in (1, checkpoint + 1))
     assert not first & second  # the data order went on
 
 

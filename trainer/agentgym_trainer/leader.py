@@ -80,6 +80,8 @@ class Leader:
         self._unacknowledged: list[str] = []
         self._evaluations: dict[int, Evaluation] = {}  # by steps done
         self._wait_s = 0.0
+        self._step_began = self._started
+        self._last_wait = ""
 
     @classmethod
     @contextlib.contextmanager
@@ -120,7 +122,7 @@ class Leader:
         began = time.monotonic()
         timeout_s = self._config.trainer.batch_timeout_s
         batch = self._client.take_batch(self._served, timeout_s, on_wait=self._show_wait, step=number)
-        self._wait_s = time.monotonic() - began
+        self._wait_s, self._step_began = time.monotonic() - began, began
         step = Step(batch, self._served)
         self._versions.hold("batch", step.versions)
         self._versions.hold("service", batch.live_versions)
@@ -135,6 +137,7 @@ class Leader:
             **step.batch.metrics,
             **metrics,
             "seconds": time.monotonic() - self._started,
+            "tokens_per_s": step.batch.metrics["sampled_tokens"] / (time.monotonic() - self._step_began),
             "time/wait_s": self._wait_s,
             "time/publish_s": time.monotonic() - began,
             "time/pause_s": pause_s,
@@ -203,4 +206,7 @@ class Leader:
         return evaluation
 
     def _show_wait(self, status: ServiceStatus) -> None:
-        self._watch.note(f"waiting: {status.evaluating or status.waiting_for}")
+        wait = status.evaluating or status.waiting_for
+        if wait != self._last_wait:
+            self._watch.note(f"waiting: {wait}")
+        self._last_wait = wait

@@ -7,6 +7,7 @@ acknowledged once a durable checkpoint contains its update. What a step does to 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 
 from accelerate.utils import set_seed
@@ -38,7 +39,8 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
     set_seed(config.run.seed)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
     with accelerator.main_process_first():
-        model_folder = resolve_model(config.model.name, config.env.id, config.model.seed, report=console.print)
+        say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        model_folder = resolve_model(config.model.name, config.env.id, config.model.seed, report=say)
     exchange = BatchExchange(accelerator)
     with contextlib.ExitStack() as stack:
         leader = None

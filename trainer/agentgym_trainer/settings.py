@@ -59,9 +59,7 @@ class TrainerSection(Section):
     threads: int = Field(default=1, ge=1)  # compute threads per trainer process on a CPU
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
-    batch_timeout_s: float = Field(
-        default=1800.0, gt=0.0
-    )  # without a batch for so long, the run ends
+    batch_timeout_s: float = Field(default=1800.0, gt=0.0)  # without a batch for so long, the run ends
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # through Accelerate
 
 
