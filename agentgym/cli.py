@@ -31,6 +31,7 @@ from agentgym import __version__
 from agentgym.errors import AgentGymError, EnvError, InputError, UnavailableError
 
 COMMANDS = "agentgym.commands"
+CONFIGS = "agentgym.configs"
 AGENTS = ("oracle", "habit", "nop", "random")  # what plays without weights; anything else is a model
 
 Split = Literal["train", "heldout"]
@@ -114,7 +115,9 @@ def serve(
     from agentgym.server.settings import ServiceConfig
 
     given = {"model.name": model, "env.id": env, "server.host": host, "server.port": port}
-    config = _service_config(ServiceConfig, settings or [], {k: v for k, v in given.items() if v is not None})
+    kind = _kind_of_file(ServiceConfig, settings or [])
+    config = _service_config(kind, settings or [], {k: v for k, v in given.items() if v is not None})
+    config = config if kind is ServiceConfig else config.service()
     folder = resolve_model(config.model.name, config.env.id, config.model.seed, report=_say)
     raise typer.Exit(run(config, folder, run_dir, _say))
 
@@ -192,6 +195,19 @@ def _service_config(kind: type[Any], settings: Sequence[str], given: dict[str, A
     overrides = [text for text in settings if "=" in text]
     overrides += [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in given.items()]
     return load_config(kind, Path(files[0]) if files else None, overrides)
+
+
+def _kind_of_file(service: type[Any], settings: Sequence[str]) -> type[Any]:
+    """`service`, or the configuration of the entry-point group `agentgym.configs` (which holds the service's sections,
+    and gives them by `service()`) that knows every section of the file: a run's file serves, too."""
+    from agentgym.config import read_toml
+
+    file = next((text for text in settings if "=" not in text), None)
+    if file is None:
+        return service
+    sections = set(read_toml(Path(file)))
+    kinds = [service, *(point.load() for point in entry_points(group=CONFIGS))]
+    return next((kind for kind in kinds if sections <= set(kind.model_fields)), service)
 
 
 def _read_key(path: Path | None) -> str | None:

@@ -32,17 +32,20 @@ def load_config(model: type[M], path: Path | None, overrides: Sequence[str] = ()
 
     Raises ConfigError naming the file, the dotted path and the mend.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    values = {} if path is None else read_toml(path)
     for override in overrides:
         _apply(values, override)
     return parse_config(model, values, source=str(path) if path else "the configuration")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file as nested dictionaries. Raises ConfigError if it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def parse_config(model: type[M], values: Mapping[str, Any], source: str = "the configuration") -> M:

@@ -137,3 +137,26 @@ def test_ctrl_c_ends_with_one_message_and_leaves_no_process(tmp_path):
     assert re.search("interrupted", stderr, re.IGNORECASE)
     assert processes_of(folder) == []
     assert not list(folder.rglob("*.partial"))
+
+
+def test_a_run_connects_to_a_service_that_runs_already(tmp_path):
+    served = tmp_path / "served"
+    sections = ("run.seed=0", "rollout.seed=0", "model.seed=0", *SMALL)
+    service = subprocess.Popen(
+        [sys.executable, "-m", "agentgym.cli", "serve", str(QUICKSTART), *SMALL[:3], "--run-dir", str(served)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert service.stderr is not None
+        url = next(found[0] for line in service.stderr if (found := re.findall(r"service_url=(\S+)", line)))
+        key = served / "trainer.key"
+        for name in ("first", "second"):  # the second run meets a service that has served versions already
+            connect = (f"run.service_url={url}", f"run.service_key_file={key}", f"run.name={name}")
+            run(QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=2", *connect, *sections)
+        versions = [row["policy_version"] for name in ("first", "second") for row in metrics_of(tmp_path / name)]
+        assert versions == sorted(set(versions))
+        assert len(versions) == 4
+        assert service.poll() is None
+    finally:
+        service.send_signal(signal.SIGINT)
+        service.wait(30)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from agentgym.errors import ServiceError
+from agentgym.errors import ConfigError, ServiceError
 from agentgym.server.client import ServiceClient, start_service
 from agentgym.server.wire import Batch, Evaluation, ServiceStatus
 from agentgym.trajectory import ScoredSequences
@@ -88,10 +88,12 @@ class Leader:
     def started(cls, config: TrainConfig, folder: RunFolder, model_folder: Path, console: Console) -> Iterator[Leader]:
         """Starts the rollout service as a child, or connects to `run.service_url`; ends what it started."""
         with contextlib.ExitStack() as stack:
-            if config.run.service_url:
-                client = stack.enter_context(ServiceClient(config.run.service_url, config.run.service_key or ""))
+            if config.run.service_url and config.run.service_key_file:
+                key = _read_key(config.run.service_key_file)
+                client = stack.enter_context(ServiceClient(config.run.service_url, key))
                 status = client.wait_ready()
                 versions = VersionLog(Path(status.versions_dir), first=status.policy_version + 1)
+                _hold_known(versions, "service", status.live_versions)  # what an earlier run left in its buffer
             else:
                 console.print(f"starting the rollout service for {config.env.id} (log: {folder.path}/service.log)")
                 versions = VersionLog(folder.versions_path)
@@ -124,8 +126,8 @@ class Leader:
         batch = self._client.take_batch(self._served, timeout_s, on_wait=self._show_wait, step=number)
         self._wait_s, self._step_began = time.monotonic() - began, began
         step = Step(batch, self._served)
-        self._versions.hold("batch", step.versions)
-        self._versions.hold("service", batch.live_versions)
+        _hold_known(self._versions, "batch", step.versions)
+        _hold_known(self._versions, "service", batch.live_versions)
         self._unacknowledged.append(batch.batch_id)
         return step
 
@@ -186,7 +188,7 @@ class Leader:
     def _serve(self, version: int) -> float:
         report = self._client.publish(version, self._versions.path(version))
         self._served = version
-        self._versions.hold("service", report.live_versions)
+        _hold_known(self._versions, "service", report.live_versions)
         return report.pause_s
 
     def _evaluate(self, done: int, when: str) -> Evaluation | None:
@@ -210,3 +212,16 @@ class Leader:
         if wait != self._last_wait:
             self._watch.note(f"waiting: {wait}")
         self._last_wait = wait
+
+
+def _hold_known(versions: VersionLog, holder: str, referred: Iterable[int]) -> None:
+    """Holds what the log has. A version it never had (a service that served before this log began) is not an error
+    here: the anchor that is asked for its logprobs raises, or counts a fallback."""
+    versions.hold(holder, [version for version in referred if version in versions])
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"run.service_key_file {path} cannot be read: {error.strerror}") from error

@@ -23,8 +23,14 @@ class RunSection(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
-    service_url: str | None = None  # connect to a running service instead of starting one
-    service_key: str | None = None
+    service_url: str | None = None  # connect to a running service (`agentgym serve`) instead of starting one
+    service_key_file: Path | None = None  # the trainer.key that the service wrote into its run folder
+
+    @model_validator(mode="after")
+    def _key(self) -> RunSection:
+        if (self.service_url is None) != (self.service_key_file is None):
+            raise ValueError("service_url and service_key_file go together: where it listens, and its trainer.key")
+        return self
 
 
 class LossSection(Section):
