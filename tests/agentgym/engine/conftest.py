@@ -66,7 +66,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim > 1:
-                        parameter.normal_(0, 0.25, generator=generator)
+                        parameter.normal_(0, 0.18, generator=generator)
             folder = tmp_path_factory.mktemp(architecture)
             model.save_pretrained(folder)
             made[architecture] = folder, model

@@ -7,6 +7,7 @@ import logging
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agentgym.engine.gate import VersionedPolicy
@@ -109,6 +110,14 @@ def test_the_numbers_of_a_request_depend_on_seed_and_position_only() -> None:
     assert len(set(whole.tolist())) == 64
     assert ((whole >= 0) & (whole < 1)).all()
     assert not set(whole.tolist()) & set(uniforms(10, 0, 64).tolist())
+
+
+def test_the_numbers_are_uniform_and_independent_along_a_stream_and_between_seeds() -> None:
+    table = np.stack([uniforms(seed, 3, 500) for seed in range(400)]).astype(np.float64)
+    counts = np.histogram(table, bins=100, range=(0, 1))[0]
+    assert ((counts - 2000) ** 2 / 2000).sum() < 160  # chi-square, 99 degrees of freedom: p < 1e-4
+    for other in (np.roll(table, 1, axis=1), np.roll(table, 1, axis=0)):
+        assert abs(np.corrcoef(table.ravel(), other.ravel())[0, 1]) < 0.01
 
 
 @pytest.mark.parametrize("seed", range(40))
