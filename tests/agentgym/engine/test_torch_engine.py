@@ -237,7 +237,8 @@ def test_stop_tokens_end_a_segment_with_themselves(model_of) -> None:
             free = await engine.sample([1, 2], SamplingParams(max_tokens=20, seed=4))
             stop = free.token_ids[7]
             first = free.token_ids.index(stop)
-            stopped = await engine.sample([1, 2], SamplingParams(20, 1.0, (stop, VOCAB - 1), seed=4))
+            unseen = next(token for token in range(VOCAB) if token not in free.token_ids)
+            stopped = await engine.sample([1, 2], SamplingParams(20, 1.0, (unseen, stop), seed=4))
             assert stopped.token_ids == free.token_ids[: first + 1]
             assert (free.finish_reason, stopped.finish_reason) == ("length", "stop")
 
