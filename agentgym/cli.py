@@ -189,12 +189,17 @@ def _service_config(kind: type[Any], settings: Sequence[str], given: dict[str, A
     """A configuration from at most one file and any number of key=value; options win over both."""
     from agentgym.config import load_config
 
+    file = _file_of(settings)
+    overrides = [text for text in settings if "=" in text]
+    overrides += [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in given.items()]
+    return load_config(kind, file, overrides)
+
+
+def _file_of(settings: Sequence[str]) -> Path | None:
     files = [text for text in settings if "=" not in text]
     if len(files) > 1:
         raise InputError(f"one configuration file at most, got {' and '.join(files)}")
-    overrides = [text for text in settings if "=" in text]
-    overrides += [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in given.items()]
-    return load_config(kind, Path(files[0]) if files else None, overrides)
+    return Path(files[0]) if files else None
 
 
 def _kind_of_file(service: type[Any], settings: Sequence[str]) -> type[Any]:
@@ -202,10 +207,10 @@ def _kind_of_file(service: type[Any], settings: Sequence[str]) -> type[Any]:
     and gives them by `service()`) that knows every section of the file: a run's file serves, too."""
     from agentgym.config import read_toml
 
-    file = next((text for text in settings if "=" not in text), None)
+    file = _file_of(settings)
     if file is None:
         return service
-    sections = set(read_toml(Path(file)))
+    sections = set(read_toml(file))
     kinds = [service, *(point.load() for point in entry_points(group=CONFIGS))]
     return next((kind for kind in kinds if sections <= set(kind.model_fields)), service)
 

@@ -114,7 +114,8 @@ def test_bundled_environments_are_plugins():
     assert ids == sorted(ids)
     assert {f"agentgym/{name}-v0" for name in ("Maze", "GuessNumber", "ReverseText", "PythonMath")} <= set(ids)
     for record in registry.known_envs():
-        assert record.oracle is not None, record.env_id
+        if record.env_id.startswith("agentgym/"):  # other tests register their own
+            assert record.oracle is not None, record.env_id
 
 
 FILE = """

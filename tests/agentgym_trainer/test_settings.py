@@ -39,6 +39,12 @@ def test_bad_values_name_path_value_and_mend(sections, message):
         parse(**sections)
 
 
+def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match="'wandb', which is not installed: pip install wandb"):
+        preflight.check(parse(trainer={"trackers": ["wandb"]}))
+
+
 def test_one_seed_serves_every_section_that_names_none():
     seeded = parse(run={"seed": 7}, model={"seed": 3})
     assert (seeded.rollout.seed, seeded.model.seed) == (7, 3)

@@ -131,8 +131,11 @@ class Leader:
         self._unacknowledged.append(batch.batch_id)
         return step
 
-    def publish(self, done: int, step: Step, weights: Mapping[str, np.ndarray], metrics: Mapping[str, float]) -> None:
-        """After step `done` (counted from 1): new weights to the log and the engine, figures to the run folder."""
+    def publish(
+        self, done: int, step: Step, weights: Mapping[str, np.ndarray], metrics: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """After step `done` (counted from 1): new weights to the log and the engine, figures to the run folder.
+        Returns the figures."""
         began = time.monotonic()
         pause_s = self._serve(self._versions.append(weights))
         figures = {
@@ -153,6 +156,7 @@ class Leader:
             figures["heldout/reward_mean"] = evaluation.mean_reward if evaluation else float("nan")
         self._folder.log_metrics(done, figures)
         self._watch.update(done, figures)
+        return figures
 
     def acknowledge(self) -> None:
         """A durable checkpoint contains every batch that was taken so far."""

@@ -37,15 +37,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         torch.set_num_threads(trainer.threads)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=on_cpu,
         mixed_precision="bf16" if trainer.dtype == "bfloat16" else "no",
         log_with=list(trainer.trackers) or None,
         project_dir=str(config.run.dir / config.run.name),
     )
-    if trainer.trackers:
-        accelerator.init_trackers("agentgym", config={"run": config.run.name, "env": config.env.id})
-    return accelerator
 
 
 def load_model(folder: Path, config: TrainConfig) -> PreTrainedModel:

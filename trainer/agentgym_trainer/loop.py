@@ -59,13 +59,16 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
         if resume is not None and (checkpoints := list_checkpoints(paths.checkpoints)):
             progress, anchor_state = load_checkpoint(accelerator, checkpoints[-1])
             learner.load_state(anchor_state)
+        if config.trainer.trackers:
+            accelerator.init_trackers("agentgym", config={"run": config.run.name, "env": config.env.id})
         if leader:
             leader.begin(published_weights(learner.module), progress, started - progress.seconds)
         for number in range(progress.step, config.trainer.steps):
             step = exchange.share(f"step/{number}", leader.next_step(number + 1) if leader else None)
             metrics = learner.learn(step.trajectories, step.trainer_version)
             if leader:
-                leader.publish(number + 1, step, published_weights(learner.module), metrics)
+                figures = leader.publish(number + 1, step, published_weights(learner.module), metrics)
+                accelerator.log(dict(figures), step=number + 1)
             if _is_due(number + 1, config):
                 seconds = time.monotonic() - started + progress.seconds
                 now = Progress(number + 1, step.trainer_version + 1, step.batch.data_position, seconds)

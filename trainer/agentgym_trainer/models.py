@@ -38,7 +38,7 @@ _MAKERS = ("agents.py", "rollout/demonstrations.py", "rollout/tiny_tokenizer.py"
 
 
 def tiny(env_id: str, seed: int, cache: Path, report: Report, recipe: Recipe | None = None) -> Path:
-    """A model of some 76,000 parameters that imitates imperfect play of `env_id`, built in under a minute.
+    """A model of some 100,000 parameters that imitates imperfect play of `env_id`, built in under a minute.
 
     Raises InputError if the environment is unknown or has no oracle to imitate.
     """

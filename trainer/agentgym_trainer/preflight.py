@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
 import torch
 
 from agentgym.errors import UnavailableError
@@ -10,11 +13,18 @@ from agentgym_trainer.settings import TrainConfig
 
 def check(config: TrainConfig) -> None:
     """Refuses what this machine cannot run."""
+    _tracker_packages(config.trainer.trackers)
     if config.trainer.dtype == "bfloat16" and not torch.cuda.is_available() and not cpu_has_bfloat16():
         raise UnavailableError(
             "trainer.dtype=bfloat16 needs a GPU or a CPU with AVX512-BF16 or AMX: matrix products would be hundreds of "
             "times slower here; use trainer.dtype=float32"
         )
+
+
+def _tracker_packages(names: Sequence[str]) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UnavailableError(f"trainer.trackers names {name!r}, which is not installed: pip install {name}")
 
 
 def cpu_has_bfloat16() -> bool:
