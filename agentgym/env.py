@@ -62,7 +62,8 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         return [f"{split}-{index}" for index in range(1000)]
 
     def reset_task(self, task: str, rng: np.random.Generator) -> str | Sequence[Message]:
-        """Starts `task` and returns the opening: a user message's text, or messages. `rng` is `self.rng`."""
+        """Starts `task` and returns the opening: a user message's text, or messages, among which may be assistant
+        messages and the results of their calls (a worked example). `rng` is `self.rng`."""
         raise NotImplementedError
 
     def reply(self, action: Message) -> str | Sequence[Message]:
@@ -123,11 +124,11 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         self.task_id = self._choose_task(options or {})
         self.rng = np.random.default_rng([int(seed), zlib.crc32(self.task_id.encode())])
         self._score, self._phase = None, _STARTING
-        opening = self._messages(
-            self.reset_task(self.task_id, self.rng), "reset_task()", ("system", "user", "assistant")
-        )
+        roles = ("system", "user", "assistant", "tool")
+        opening = self._messages(self.reset_task(self.task_id, self.rng), "reset_task()", roles)
         if not opening:
             raise EnvError(f"{type(self).__name__}.reset_task() gave no opening message")
+        self._check_results(opening)
         self._phase = _RUNNING
         return opening, {"task_id": self.task_id}
 
@@ -153,6 +154,16 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             return observation, 0.0, False, False, info
         info["score"] = self._score
         return observation, self._score.value, True, False, info
+
+    def _check_results(self, opening: Observation) -> None:
+        """Results in an opening belong to the calls of the assistant message before them (a worked example)."""
+        called: set[str] = set()
+        for message in opening:
+            if message.role == "tool" and message.tool_call_id not in called:
+                name = type(self).__name__
+                raise EnvError(f"{name}.reset_task() gave a tool message that answers no call before it: {message!r}")
+            if message.role != "tool":
+                called = {call.call_id for call in message.tool_calls}
 
     def _choose_task(self, options: Mapping[str, Any]) -> str:
         if unknown := sorted(set(options) - {"task"}):

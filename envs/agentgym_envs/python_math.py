@@ -2,26 +2,32 @@
 
 Reward 1 for exactly the right integer, else 0. The problem is made from the episode's generator; its answer is
 computed here, by code of its own and not by the program that the oracle runs in the box.
+
+For small models: `level="easy"` asks for one operation on two numbers, and `worked_examples=3` opens each episode
+with that many problems that are solved already, the same ones every time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
 from agentgym.env import ToolEnv
+from agentgym.errors import InputError
 from agentgym.messages import Message, call
 from agentgym.sandbox.choose import choose_tier, open_sandbox
 from agentgym.sandbox.interpreter import PythonInterpreter
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
 from agentgym.tools import tool
 
+Level = Literal["easy", "standard"]
 CALL_S = 10.0  # of one run of the policy's code
 OUTPUT_BYTES = 4096
+_SUBMITTED = "submitted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,13 @@ class Problem:
     program: str
 
 
+EXAMPLES = (
+    Problem("What is 214 * 57?", 12198, "print(214 * 57)"),
+    Problem("What is 380 + 645?", 1025, "print(380 + 645)"),
+    Problem("What is 902 - 137?", 765, "print(902 - 137)"),
+)
+
+
 class PythonMath(ToolEnv):
     """Solve a problem with `python(code)`, answer with `submit(answer)`. The box is opened at the first use in an
     episode and never outlives it into the next one."""
@@ -45,16 +58,28 @@ class PythonMath(ToolEnv):
 
     problem: Problem
 
-    def __init__(self, sandbox: Tier = "auto") -> None:
-        """Raises UnavailableError if the tier that was asked for is not on this machine."""
+    def __init__(self, sandbox: Tier = "auto", *, level: Level = "standard", worked_examples: int = 0) -> None:
+        """`worked_examples` puts that many solved problems (at most 3) before the episode's own: a question, a call
+        of python, what it printed, a call of submit. A policy that calls no tool from its description alone imitates
+        them; no code of an example is run.
+
+        Raises UnavailableError if the tier that was asked for is not on this machine, InputError for another level or
+        number.
+        """
+        if level not in get_args(Level):
+            raise InputError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
+        self._level: Level = level
+        if not 0 <= worked_examples <= len(EXAMPLES):
+            raise InputError(f"worked_examples must be 0 to {len(EXAMPLES)}, got {worked_examples!r}")
+        self._examples = [message for problem in EXAMPLES[:worked_examples] for message in solved(problem)]
         self._tier = choose_tier(sandbox)
         self._box: Sandbox | None = None
         self._interpreter: PythonInterpreter | None = None
 
-    def reset_task(self, task: str, rng: np.random.Generator) -> str:
+    def reset_task(self, task: str, rng: np.random.Generator) -> Sequence[Message]:
         self._close_box()
-        self.problem = make_problem(rng)
-        return f"{self.problem.text} Compute it with the tool python, then give the integer to the tool submit."
+        self.problem = make_problem(rng, self._level)
+        return [*self._examples, _question(self.problem)]
 
     @tool
     def python(self, code: str) -> str:
@@ -77,7 +102,7 @@ class PythonMath(ToolEnv):
         """
         self.finish(correct=float(answer == self.problem.answer))
         self._close_box()  # nobody may use it any more, and the environment may lie idle for long
-        return "submitted"
+        return _SUBMITTED
 
     def close(self) -> None:
         self._close_box()
@@ -90,18 +115,54 @@ class PythonMath(ToolEnv):
 
 def oracle(env: Any, history: Sequence[Message], rng: np.random.Generator) -> Message:
     """Runs the problem's program in the box and submits what it printed."""
-    results = [message.content for message in history if message.role == "tool"]
+    asked = max(index for index, message in enumerate(history) if message.role == "user")  # a worked example is before
+    results = [message.content for message in history[asked:] if message.role == "tool"]
     if not results:
         return call("python", code=env.unwrapped.problem.program)
     return call("submit", answer=int(results[-1].strip()))
 
 
+# --------------------------------------------------------------------------------------------------------- openings
+
+
+def solved(problem: Problem) -> list[Message]:
+    """`problem` asked and solved, as an episode of it reads."""
+    steps = (
+        (call("python", code=problem.program), str(problem.answer)),
+        (call("submit", answer=problem.answer), _SUBMITTED),
+    )
+    messages = [_question(problem)]
+    for action, result in steps:
+        messages += [action, Message("tool", result, tool_call_id=action.tool_calls[0].call_id)]
+    return messages
+
+
+def _question(problem: Problem) -> Message:
+    return Message("user", f"{problem.text} Compute it with the tool python, then give the integer to the tool submit.")
+
+
 # --------------------------------------------------------------------------------------------------------- problems
 
 
-def make_problem(rng: np.random.Generator) -> Problem:
-    """One problem of a kind that `rng` chooses."""
-    return _KINDS[int(rng.integers(len(_KINDS)))](rng)
+def make_problem(rng: np.random.Generator, level: Level = "standard") -> Problem:
+    """One problem of a kind of `level` that `rng` chooses."""
+    kinds = _KINDS[level]
+    return kinds[int(rng.integers(len(kinds)))](rng)
+
+
+def _small_sum(rng: np.random.Generator) -> Problem:
+    first, second = (int(number) for number in rng.integers(100, 1000, size=2))
+    return Problem(f"What is {first} + {second}?", first + second, f"print({first} + {second})")
+
+
+def _small_difference(rng: np.random.Generator) -> Problem:
+    second, first = sorted(int(number) for number in rng.integers(100, 1000, size=2))
+    return Problem(f"What is {first} - {second}?", first - second, f"print({first} - {second})")
+
+
+def _small_product(rng: np.random.Generator) -> Problem:
+    first, second = int(rng.integers(100, 1000)), int(rng.integers(12, 100))
+    return Problem(f"What is {first} * {second}?", first * second, f"print({first} * {second})")
 
 
 def _prime_sum(rng: np.random.Generator) -> Problem:
@@ -171,6 +232,7 @@ def _collatz(rng: np.random.Generator) -> Problem:
     return Problem(text, answer, program)
 
 
-_KINDS: tuple[Callable[[np.random.Generator], Problem], ...] = (
-    _prime_sum, _power_end, _common_divisor, _common_multiple, _product, _digit_sum, _collatz,
-)  # fmt: skip
+_KINDS: Mapping[Level, tuple[Callable[[np.random.Generator], Problem], ...]] = {
+    "easy": (_small_sum, _small_difference, _small_product),
+    "standard": (_prime_sum, _power_end, _common_divisor, _common_multiple, _product, _digit_sum, _collatz),
+}

@@ -186,6 +186,16 @@ def test_a_bad_opening_is_named(opening: Any):
         Wrong(opening).reset(seed=0)
 
 
+@pytest.mark.parametrize("call_id", ["call_0", "call_1"])
+def test_results_in_an_opening_answer_the_calls_before_them(call_id: str):
+    opening = (Message("user", "go"), call("look"), Message("tool", "x", tool_call_id=call_id), Message("user", "on"))
+    if call_id == "call_0":
+        assert Wrong(opening).reset(seed=0)[0] == opening
+    else:
+        with pytest.raises(EnvError, match="answers no call"):
+            Wrong(opening).reset(seed=0)
+
+
 @pytest.mark.parametrize("answer", ["", [], [Message("assistant", "I")], [Message("system", "obey")], ["text"]])
 def test_a_bad_answer_is_named(answer: Any):
     env = started(Wrong("go", answer))

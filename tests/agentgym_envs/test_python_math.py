@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from agentgym.errors import InputError
 from agentgym.messages import Message, ToolCall, call
 from agentgym.rollout.play import evaluate_agent
 from agentgym.testing.env_checks import check_environment
-from agentgym_envs.python_math import _KINDS, PythonMath, make_problem
+from agentgym_envs.python_math import _KINDS, EXAMPLES, PythonMath, make_problem
 
 TIERS = [
     pytest.param("docker", marks=pytest.mark.docker),
@@ -39,18 +40,22 @@ def python(env: PythonMath, code: str) -> str:
     return env.step(call("python", code=code))[0][0].content
 
 
+def printed_by(program: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {})
+    return printed.getvalue().strip()
+
+
 # --------------------------------------------------------------------------------------------------- without a box
 
 
-@pytest.mark.parametrize("kind", _KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*_KINDS["easy"], *_KINDS["standard"]], ids=lambda kind: kind.__name__)
 def test_the_programs_print_the_answers(kind):
     """The answer is computed one way, the oracle's program computes it another: two that agree."""
     for seed in range(20):
         problem = kind(np.random.default_rng(seed))
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(problem.program, {})
-        assert printed.getvalue().strip() == str(problem.answer), problem
+        assert printed_by(problem.program) == str(problem.answer), problem
 
 
 def test_problems_follow_their_generator_and_vary():
@@ -58,6 +63,22 @@ def test_problems_follow_their_generator_and_vary():
     assert problems == [make_problem(np.random.default_rng(seed)) for seed in range(200)]
     assert len({problem.text for problem in problems}) > 195
     assert not [problem for problem in problems if str(problem.answer) in problem.text.split()]
+
+
+def test_the_levels_differ_and_the_standard_one_is_the_default():
+    texts = [make_problem(np.random.default_rng(seed), "easy").text for seed in range(50)]
+    assert all(len(text.split()) == 5 for text in texts), texts  # What is 214 * 57?
+    assert make_problem(np.random.default_rng(1)) == make_problem(np.random.default_rng(1), "standard")
+
+
+def test_worked_examples_are_right():
+    assert [printed_by(problem.program) for problem in EXAMPLES] == [str(problem.answer) for problem in EXAMPLES]
+
+
+@pytest.mark.parametrize("kwargs", [{"level": "esay"}, {"worked_examples": 4}, {"worked_examples": -1}])
+def test_options_that_do_not_exist(tier: str, kwargs: dict[str, Any]):
+    with pytest.raises(InputError, match=next(iter(kwargs))):
+        registry.make("python_math", sandbox=tier, **kwargs)
 
 
 def test_a_tier_that_does_not_exist():
@@ -72,9 +93,24 @@ def test_it_passes_the_public_checks(tier: str):
     check_environment("python_math", episodes=4, sandbox=tier)
 
 
-def test_the_oracle_computes_in_the_box(tier: str):
+def test_worked_examples_stand_before_the_question_and_open_no_box(tier: str):
+    plain = registry.make("python_math", sandbox=tier, level="easy")
+    shown = registry.make("python_math", sandbox=tier, level="easy", worked_examples=2)
+    question, _ = plain.reset(seed=3, options={"task": "train-3"})
+    opening, _ = shown.reset(seed=3, options={"task": "train-3"})
+    assert opening[-1:] == question
+    assert [m.role for m in opening] == [*["user", "assistant", "tool", "assistant", "tool"] * 2, "user"]
+    assert [call.name for m in opening for call in m.tool_calls] == ["python", "submit"] * 2
+    assert shown._box is None
+    assert shown.step(call("submit", answer=shown.problem.answer))[1] == 1.0
+    plain.close()
+    shown.close()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"level": "easy", "worked_examples": 3}])
+def test_the_oracle_computes_in_the_box(tier: str, kwargs: dict[str, Any]):
     oracle = agents.oracle(registry.lookup("python_math"))
-    summary = evaluate_agent("python_math", oracle, 8, env_kwargs={"sandbox": tier})
+    summary = evaluate_agent("python_math", oracle, 8, env_kwargs={"sandbox": tier, **kwargs})
     assert (summary.mean_reward, summary.failed) == (1.0, 0), summary.episodes
     assert all(episode.turns == 2 for episode in summary.episodes)
 
