@@ -73,13 +73,13 @@ def test_a_run_whose_episodes_run_code_in_boxes(tmp_path: Path):
     folder = tmp_path / "smollm_python_math"
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [1, 2]
     fresh = [row for row in rows if row.get("policy/lag0/num_tokens", 0) > 0]
     assert fresh  # the first step's tokens are of the version that trains on them
     assert all(row["discrepancy/lag0/max_abs_log_ratio"] < 1e-4 for row in fresh)
 
-    episodes = [t for step in (1, 2, 3) for t in read_trajectories(step_file(folder, step))]
-    assert len(episodes) >= 24
+    episodes = [t for step in (1, 2) for t in read_trajectories(step_file(folder, step))]
+    assert len(episodes) >= 16
     assert not [t.error for t in episodes if t.status is EpisodeStatus.FAILED]
     ran = [t for t in episodes if outputs(t)]
     assert len(ran) >= len(episodes) / 4, [t.turns[0].action for t in episodes]
