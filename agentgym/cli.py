@@ -9,26 +9,24 @@ function. The function returns nothing, and raises AgentGymError; `train` of the
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
 import inspect
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from agentgym import __version__
-from agentgym.errors import AgentGymError, EnvError, InputError, UnavailableError
+from agentgym.errors import EnvError, InputError, UnavailableError
+from agentgym.view.failures import guarded, log_to_stderr
 
 COMMANDS = "agentgym.commands"
 CONFIGS = "agentgym.configs"
@@ -263,7 +261,7 @@ def _root(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and results.")] = False,
 ) -> None:
-    _log_to_stderr(logging.WARNING if quiet else logging.INFO)
+    log_to_stderr(logging.WARNING if quiet else logging.INFO)
 
 
 def _load_command(entry: EntryPoint) -> Callable[..., None]:
@@ -278,61 +276,6 @@ def _load_command(entry: EntryPoint) -> Callable[..., None]:
 
     unavailable.__doc__ = f"(unavailable: {why})"
     return unavailable
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose failures end in one message and an exit code."""
-
-    @functools.wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        with _one_message():
-            command(*arguments, **options)
-
-    return run
-
-
-@contextlib.contextmanager
-def _one_message() -> Iterator[None]:
-    try:
-        yield
-    except AgentGymError as error:
-        _fail(f"error: {error}", error.exit_code)
-    except ModuleNotFoundError as error:
-        extra = {"torch": "train", "accelerate": "train", "tomli_w": "train", "gguf": "smollm"}.get(error.name or "")
-        if extra is None:
-            raise
-        _fail(f"error: this needs {error.name}: pip install 'agentgym-rl[{extra}]'", UnavailableError.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" (writing {error.filename})" if error.filename else ""
-        _fail(f"error: the disk is full{where}: make room and try again", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    _say(message)
-    raise typer.Exit(code)
-
-
-class _StderrHandler(logging.StreamHandler[Any]):
-    """Writes to what sys.stderr is now: a live progress line puts itself in its place."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-
-def _log_to_stderr(level: int) -> None:
-    handler = _StderrHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    for package in ("agentgym", "agentgym_envs", "agentgym_trainer"):
-        logging.getLogger(package).setLevel(level)
 
 
 def main() -> None:

@@ -139,6 +139,37 @@ def test_ctrl_c_ends_with_one_message_and_leaves_no_process(tmp_path):
     assert not list(folder.rglob("*.partial"))
 
 
+def launched(*arguments: str) -> list[str]:
+    options = (
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    )
+    module = ("--main_process_port", "0", "-m", "agentgym_trainer")
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, *module, *arguments]
+
+
+def test_two_processes_train_one_policy(tmp_path):
+    few = ("trainer.steps=3", "trainer.checkpoint_every=2", "evaluation.episodes=16", *SMALL[:3])
+    done = subprocess.run(
+        launched(str(QUICKSTART), f"run.dir={tmp_path}", *few), capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = tmp_path / "quickstart"
+    rows = metrics_of(folder)
+    assert [row["policy_version"] for row in rows] == [1, 2, 3]
+    # every token of the batch was learned from once, whichever rank it went to
+    assert all(row["policy/num_tokens"] == row["sampled_tokens"] for row in rows)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    assert processes_of(folder) == []
+
+
 def test_a_run_connects_to_a_service_that_runs_already(tmp_path):
     served = tmp_path / "served"
     sections = ("run.seed=0", "rollout.seed=0", "model.seed=0", *SMALL)
