@@ -13,15 +13,8 @@ from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
 
 
-class BehaviorAnchor:
-    """pi_prox = mu_old: r_d is 1 and the clip acts on the total ratio R. No forward."""
-
-    name = "behavior"
-
-    def proximal(
-        self, micro_batches: Sequence[MicroBatch], *, trainer_version: int, reuse_policy: bool
-    ) -> list[Proximal]:
-        return [Proximal(batch.behavior_logprobs, None) for batch in micro_batches]
+class _Stateless:
+    """An anchor that follows nothing: publications and checkpoints are nothing to it."""
 
     def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
         pass
@@ -36,7 +29,18 @@ class BehaviorAnchor:
         pass
 
 
-class ResidentAnchor:
+class BehaviorAnchor(_Stateless):
+    """pi_prox = mu_old: r_d is 1 and the clip acts on the total ratio R. No forward."""
+
+    name = "behavior"
+
+    def proximal(
+        self, micro_batches: Sequence[MicroBatch], *, trainer_version: int, reuse_policy: bool
+    ) -> list[Proximal]:
+        return [Proximal(batch.behavior_logprobs, None) for batch in micro_batches]
+
+
+class ResidentAnchor(_Stateless):
     """pi_prox = the trainer's weights when the batch arrives. Staleness leaks into r_d: exact at lag 0 only."""
 
     name = "resident"
@@ -57,15 +61,3 @@ class ResidentAnchor:
         # Without the wrapper: its forward may talk to the other ranks, which score other numbers of micro-batches.
         logprobs = token_logprobs(unwrap(self._model), batch, self._temperature).logprobs
         return require_finite(logprobs, self.name, "the trainer's weights")
-
-    def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
-        pass
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
