@@ -240,16 +240,33 @@ def test_mutant_with_swapped_clip_bounds_is_refused(monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------------------------------------------------ law A
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_ratios_multiply_to_the_total_ratio(seed: int) -> None:
-    case = instance(seed)
+def check_the_product_of_ratios(case: Instance, ratio_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """r_d r_s == R, in float64 and in float32."""
     policy = logprobs(case.theta)
     for proximal in case.proximal.values():
-        product = log_ratio(proximal, case.behavior).exp() * log_ratio(policy, proximal).exp()
-        torch.testing.assert_close(product, log_ratio(policy, case.behavior).exp(), atol=0.0, rtol=1e-12)
-        single = [x.float() for x in (policy, proximal, case.behavior)]
-        product = log_ratio(single[1], single[2]).exp() * log_ratio(single[0], single[1]).exp()
-        torch.testing.assert_close(product, log_ratio(single[0], single[2]).exp(), atol=0.0, rtol=2e-6)
+        for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+            theta, prox, mu = (x.to(dtype) for x in (policy, proximal, case.behavior))
+            product = ratio_of(prox, mu).exp() * ratio_of(theta, prox).exp()
+            torch.testing.assert_close(product, (theta - mu).exp(), atol=0.0, rtol=rtol)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_ratios_multiply_to_the_total_ratio(seed: int) -> None:
+    check_the_product_of_ratios(instance(seed), log_ratio)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        lambda numerator, denominator: log_ratio(denominator, numerator),
+        lambda numerator, denominator: log_ratio(numerator, denominator).clamp(-0.2, 0.2),
+        lambda numerator, denominator: log_ratio(numerator, denominator) * 0.99,
+    ],
+    ids=["swapped", "clamped too early", "scaled"],
+)
+def test_mutant_ratios_do_not_multiply_to_it(mutant: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(AssertionError):
+        check_the_product_of_ratios(instance(0), mutant)
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: c.kind)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.noise import uniforms
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.errors import EngineDiedError, EngineError, PromptTooLongError, VersionError
-from agentgym.policy import Completion, SamplingParams
+from agentgym.policy import Completion, SamplingParams, Segment
 from agentgym.testing.scripted_engine import ScriptedEngine, forced_logits, hashed_logits, log_distribution
 
 VOCAB = 7
@@ -51,6 +53,36 @@ def test_a_bump_after_token_k_splits_the_versions_there(k: int) -> None:
         assert list(completion.policy_versions) == [4] * k + [5] * (10 - k)
         assert_lawful([1, 2], completion, params)
 
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("mutant", ["one label", "late label", "stale logprobs"])
+def test_mutants_of_the_versions_are_refused(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = Completion.from_segments
+
+    def wrong(segments: Sequence[Segment]) -> Completion:
+        if mutant == "one label":  # the whole completion gets the version that ended it
+            segments = [dataclasses.replace(s, policy_version=5, kv_version=5) for s in segments]
+        elif mutant == "late label":  # one token too many under the old version
+            first, second = segments
+            ids, logprobs = second.token_ids, second.logprobs
+            segments = [
+                dataclasses.replace(first, token_ids=first.token_ids + ids[:1], logprobs=first.logprobs + logprobs[:1]),
+                dataclasses.replace(second, token_ids=ids[1:], logprobs=logprobs[1:]),
+            ]
+        else:  # keys of before the publication: not the forward of any one version
+            segments = [dataclasses.replace(s, kv_version=4) for s in segments]
+        return joined(segments)
+
+    async def main() -> None:
+        script = {4: lambda: asyncio.ensure_future(policy.publish(update(5)))}
+        policy = VersionedPolicy(ScriptedEngine(LOGITS, policy_version=4, script=script))
+        params = SamplingParams(max_tokens=10, seed=1)
+        completion = await policy.complete([1, 2], params)
+        with pytest.raises(AssertionError):
+            assert_lawful([1, 2], completion, params)
+
+    monkeypatch.setattr(Completion, "from_segments", wrong)
     asyncio.run(main())
 
 
