@@ -32,6 +32,10 @@ def metrics_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def evaluations_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
 def processes_of(folder: Path) -> list[psutil.Process]:
     """Service processes that were started for a run folder, and their children."""
     found = []
@@ -85,6 +89,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_where_its_checkpoint_stands(
     assert alive == []
 
     checkpoint = max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+    before = evaluations_of(folder)[0]["mean_reward"]
     issued = int((folder / "versions" / "issued").read_text())
     done = run(folder, "--resume", f"trainer.steps={checkpoint + 2}")
     assert re.search(rf"resumed after step {checkpoint}\b", done.stderr)
@@ -93,6 +98,9 @@ def test_a_killed_run_leaves_no_process_and_resumes_where_its_checkpoint_stands(
     versions = [row["policy_version"] for row in rows]
     assert versions == sorted(set(versions))
     assert rows[checkpoint]["policy_version"] > issued  # numbers given out before the crash are not used again
+    # the summary's "before" is the run's, not the resumed policy's
+    assert [row["step"] for row in evaluations_of(folder)] == [0, checkpoint + 2]
+    assert json.loads((folder / "summary.json").read_text())["reward_before"] == before
     first, second = ({t.group_id for t in read_trajectories(step_file(folder, step))} for step in (1, checkpoint + 1))
     assert not first & second  # the data order went on
 

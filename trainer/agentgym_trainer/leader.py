@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,6 @@ class Leader:
         self._started = time.monotonic()
         self._served = -1  # the version that the engine serves
         self._unacknowledged: list[str] = []
-        self._evaluations: dict[int, Evaluation] = {}  # by steps done
         self._wait_s = 0.0
         self._step_began = self._started
         self._last_wait = ""
@@ -116,7 +115,8 @@ class Leader:
         if progress.position:
             self._client.restore(progress.position)
             self._watch.note(f"resumed after step {progress.step} as policy version {version}")
-        self._evaluate(progress.step, "before")
+        if not self._folder.evaluations():  # a resumed run has its "before" already
+            self._evaluate(progress.step, "before")
         self._client.collect(True)
 
     def next_step(self, number: int) -> Step:
@@ -168,21 +168,21 @@ class Leader:
         """Measures the trained policy and completes the run folder."""
         self._client.collect(False)
         self._evaluate(self._config.trainer.steps, "after")
-        evaluations = list(self._evaluations.values())
-        before, after = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+        evaluations = self._folder.evaluations()
+        before, after = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
         plot_rewards(
             self._folder.metrics_path, self._folder.plot_path, title=self._config.env.id,
-            before=before.mean_reward if before else None, after=after.mean_reward if after else None,
+            before=before.get("mean_reward"), after=after.get("mean_reward"),
         )  # fmt: skip
         summary: dict[str, Any] = {
             "env": self._config.env.id,
             "model": self._config.model.name,
             "steps": self._config.trainer.steps,
             "policy_version": self._served,
-            "reward_before": before.mean_reward if before else None,
-            "reward_after": after.mean_reward if after else None,
-            "success_before": before.success_rate if before else None,
-            "success_after": after.success_rate if after else None,
+            "reward_before": before.get("mean_reward"),
+            "reward_after": after.get("mean_reward"),
+            "success_before": before.get("success_rate"),
+            "success_after": after.get("success_rate"),
             "seconds_total": time.monotonic() - self._started,
         }
         self._folder.write_summary(summary)
@@ -204,7 +204,7 @@ class Leader:
         )
         if evaluation.valid == 0:
             raise ServiceError(f"none of {evaluation.episodes} held-out episodes could be scored; see service.log")
-        self._evaluations[done] = evaluation
+        self._folder.log_evaluation(done, asdict(evaluation))
         self._watch.note(
             f"held-out {when}: reward {evaluation.mean_reward:.3f}, success {evaluation.success_rate:.3f} "
             f"({evaluation.valid} episodes, {evaluation.failed} failed, temperature {section.temperature:g})"

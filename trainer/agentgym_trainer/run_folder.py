@@ -2,6 +2,7 @@
 
 runs/quickstart/config.toml       the resolved configuration; `agentgym train` takes it as it is
                 metrics.jsonl     one line a step
+                evaluations.jsonl one line a held-out evaluation
                 summary.json      the figures of the whole run
                 reward.png        reward against steps, held-out success before and after
                 trajectories/     one file a step (written by the rollout service)
@@ -34,6 +35,7 @@ class RunFolder:
         self.path = path
         self._earlier = earlier  # where a run of the same name was moved to
         self.metrics_path = path / "metrics.jsonl"
+        self.evaluations_path = path / "evaluations.jsonl"
         self.summary_path = path / "summary.json"
         self.plot_path = path / "reward.png"
         self.versions_path = path / "versions"
@@ -73,19 +75,24 @@ class RunFolder:
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line; non-finite values are written as null, which JSON has."""
-        row = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
-        try:
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"{self.metrics_path} cannot be written: {error.strerror}") from error
+        _append(self.metrics_path, step, metrics)
+
+    def log_evaluation(self, steps_done: int, figures: Mapping[str, float]) -> None:
+        """Appends one held-out evaluation, made after `steps_done` steps."""
+        _append(self.evaluations_path, steps_done, figures)
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Every held-out evaluation of the run, those before a resume included, oldest first."""
+        if not self.evaluations_path.exists():
+            return []
+        return [json.loads(line) for line in self.evaluations_path.read_text(encoding="utf-8").splitlines()]
 
     def forget_metrics_from(self, step: int) -> None:
         """Cuts the lines of steps that a resumed run does again."""
-        if not self.metrics_path.exists():
-            return
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        self._write(self.metrics_path, "".join(line for line in lines if json.loads(line)["step"] < step))
+        for path in (self.metrics_path, self.evaluations_path):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                self._write(path, "".join(line for line in lines if json.loads(line)["step"] < step))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write(self.summary_path, json.dumps(summary, indent=2) + "\n")
@@ -98,6 +105,15 @@ class RunFolder:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _append(path: Path, step: int, figures: Mapping[str, float]) -> None:
+    row = {"step": step, **{name: _finite(value) for name, value in figures.items()}}
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _free_name(path: Path) -> Path:
