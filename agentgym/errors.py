@@ -84,6 +84,15 @@ class SandboxLimitError(SandboxError, MemoryError):
     """The box hit a limit that ends the call (memory, disk)."""
 
 
+class ArchiveError(SandboxError, ValueError):
+    """An archive that is not written to any disk: it holds a link, a device, a path that leaves its folder, or too
+    much; names the entry."""
+
+
+class ImageError(SandboxError):
+    """An image that cannot be built; shows the last lines of the build."""
+
+
 class EngineError(AgentGymError, RuntimeError):
     """The inference engine failed."""
 

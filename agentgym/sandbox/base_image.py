@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from agentgym.errors import AgentGymError, InputError, SandboxError, UnavailableError
-from agentgym.sandbox.box import BOX_UID
-from agentgym.sandbox.spec import BASE_IMAGE
+from agentgym.sandbox.spec import BASE_IMAGE, BOX_UID
 
 SUITE = "bookworm"
 PACKAGES = ("python3", "ca-certificates")  # python3-minimal lacks most of the standard library

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
-from agentgym.sandbox.spec import Answer, ExecResult, SandboxSpec
+from agentgym.sandbox.spec import BOX_UID, Answer, ExecResult, SandboxSpec
 from agentgym.sandbox.worker_client import Channel, WorkerClient, whole
 
-BOX_UID = 10001  # who everything in a box is; no account of a usual host
-WORK_DIRECTORY = "/work"
 MARK_BYTES = 64  # room for the line that says how much output was cut
 
 

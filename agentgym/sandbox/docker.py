@@ -24,9 +24,9 @@ import docker.types
 import requests.exceptions
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox.box import BOX_UID, WORK_DIRECTORY, WorkerSandbox
+from agentgym.sandbox.box import WorkerSandbox
 from agentgym.sandbox.socket_channel import SocketChannel
-from agentgym.sandbox.spec import BASE_IMAGE, SandboxSpec
+from agentgym.sandbox.spec import BASE_IMAGE, BOX_UID, WORK_DIRECTORY, SandboxSpec
 from agentgym.sandbox.worker_client import boot_command
 
 logger = logging.getLogger(__name__)

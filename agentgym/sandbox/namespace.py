@@ -28,9 +28,9 @@ from pathlib import Path
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import cgroup
-from agentgym.sandbox.box import BOX_UID, WORK_DIRECTORY, WorkerSandbox
+from agentgym.sandbox.box import WorkerSandbox
 from agentgym.sandbox.socket_channel import SocketChannel
-from agentgym.sandbox.spec import SandboxSpec
+from agentgym.sandbox.spec import BOX_UID, WORK_DIRECTORY, SandboxSpec
 from agentgym.sandbox.worker_client import START_S, boot_command
 
 logger = logging.getLogger(__name__)
