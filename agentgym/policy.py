@@ -6,7 +6,7 @@ it, and the oldest version among the KV entries it attended to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,19 +14,25 @@ from agentgym.errors import InputError
 
 FinishReason = Literal["stop", "length", "abort"]
 
+OnTokens = Callable[[Sequence[int], Sequence[float], int, int], None]
+"""Called as tokens come: (token ids, their logprobs, policy version, kv version). It runs in the caller's event loop,
+must not wait, and has been given every token of a completion, once and in order, when the completion is returned."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample one completion. `temperature=0` is greedy, and then the logprob recorded is that at temperature 1.
 
     Example: `SamplingParams(max_tokens=8, temperature=1.0, stop_token_ids=(2,), seed=7)`. `seed` makes the stream of
-    uniform numbers of this request its own, so that what else is in the batch does not change it.
+    uniform numbers of this request its own, so that what else is in the batch does not change it. `session` says whose
+    request it is: an engine of several replicas sends those of one session to the same one, which has its keys.
     """
 
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    session: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -37,7 +43,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One uninterrupted sample [C] under exactly one policy version.
+    """One uninterrupted sample [C] under exactly one policy version, with keys no older than `kv_version`.
 
     `finish_reason="abort"` means interrupted: the tokens are good, and sampling can go on from behind them. A stop
     token that ended the segment is its last token.

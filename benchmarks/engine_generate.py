@@ -72,7 +72,7 @@ async def play_with_engine(engine: TorchEngine, plans: list[Plan], seed: int) ->
             context = list(plan.prompt)
             for turn, (length, observation) in enumerate(zip(plan.reply_lengths, plan.observations, strict=True)):
                 params = SamplingParams(max_tokens=length, seed=(seed * len(plans) + index) * 100 + turn)
-                segment = await engine.sample(context, params)
+                (segment,) = await engine.sample(context, params)
                 context += [*segment.token_ids, *observation]
                 sampled += len(segment.token_ids)
         return sampled

@@ -19,11 +19,12 @@ _HEADER_BYTES = 4
 
 
 class Sample(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """To the child: continue these tokens."""
+    """To the child: continue these tokens, and say `Tokens` as they come where `stream` asks for it."""
 
     call: int
     prompt_ids: list[int]
     params: SamplingParams
+    stream: bool
 
 
 class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -33,7 +34,7 @@ class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Command(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """To the child: `pause`, `resume` or `stats`."""
+    """To the child: `abort`, `keep` (the modes of a pause), `resume` or `stats`."""
 
     call: int
     name: str
@@ -54,11 +55,21 @@ class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     policy_version: int
 
 
+class Tokens(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """To the parent: what has been sampled since the last one."""
+
+    call: int
+    token_ids: list[int]
+    logprobs: list[float]
+    policy_version: int
+    kv_version: int
+
+
 class Sampled(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """To the parent: the reply to Sample."""
 
     call: int
-    segment: Segment
+    segments: tuple[Segment, ...]
 
 
 class Counted(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -84,7 +95,7 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToChild = Sample | Cancel | Command | Load
-ToParent = Ready | Sampled | Counted | Obeyed | Failed
+ToParent = Ready | Tokens | Sampled | Counted | Obeyed | Failed
 
 
 class FrameProtocol(asyncio.Protocol):

@@ -1,8 +1,10 @@
 """The gate between sampling and new weights. Law: a segment is sampled under exactly one policy version.
 
-A publication interrupts every running request, replaces the weights, and lets the requests go on from behind their
-partial tokens. What was sampled before is prefilled again under the new weights, so that no token ever attends to keys
-and values of another version. Must never know a message, or what an engine is made of.
+A publication has one of three modes. "abort" interrupts every running request, replaces the weights, and lets the
+requests go on from behind their partial tokens: what was sampled before is prefilled again, and no token attends to
+keys of another version. "wait" lets running requests end first, while no other begins. "keep" holds running requests
+and lets them go on with the keys they have: cheapest, and what is sampled then is the forward of no version;
+kv_versions say which tokens those are. Must never know a message, or what an engine is made of.
 """
 
 from __future__ import annotations
@@ -13,23 +15,27 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from agentgym.engine.protocol import Engine, WeightUpdate
 from agentgym.errors import VersionError
-from agentgym.policy import Completion, FinishReason, SamplingParams, Segment
+from agentgym.policy import Completion, FinishReason, OnTokens, SamplingParams, Segment
 
 _log = logging.getLogger(__name__)
+
+PublishMode = Literal["abort", "wait", "keep"]
 
 _RETRY_S = (0.0, 0.005, 0.02, 0.1)  # waits after 1, 2, ... empty answers in a row of an engine that someone else paused
 
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """What one publication cost. Example: `PublishReport(version=3, pause_s=0.012, total_s=0.013)`."""
+    """What one publication cost. Example: `PublishReport(version=3, pause_s=0.012, total_s=0.013, mode="abort")`."""
 
     version: int
     pause_s: float  # nothing was sampled for so long
-    total_s: float  # pause_s and the wait for earlier publications
+    total_s: float  # pause_s, the preparation, and the wait for earlier publications and (mode "wait") running requests
+    mode: PublishMode
 
 
 class VersionedPolicy:
@@ -46,13 +52,18 @@ class VersionedPolicy:
         self._open = asyncio.Event()
         self._open.set()
         self._closed_for: int | None = None  # the version being published now
+        self._sampling = 0  # requests in the engine
+        self._drained = asyncio.Event()
+        self._drained.set()
 
     @property
     def policy_version(self) -> int:
         """The version that the next segment will be sampled under, if nothing is published before."""
         return self.engine.policy_version
 
-    async def complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+    async def complete(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None = None
+    ) -> Completion:
         """Samples a completion of `prompt_ids` [P] to its end, over as many versions as are published meanwhile.
 
         Raises PromptTooLongError, EngineError, EngineDiedError, or VersionError when the engine serves a version that
@@ -65,30 +76,43 @@ class VersionedPolicy:
         while True:
             await self._pass(sampled)
             remaining = params.max_tokens - sampled
-            segment = await self.engine.sample(context, dataclasses.replace(params, max_tokens=remaining))
-            self._check(segment, segments)
-            if segment.token_ids or segment.finish_reason != "abort":
-                segments.append(segment)
-                context += segment.token_ids
-                sampled += len(segment.token_ids)
-                empty = 0
-            ended = _ended(segment, params, sampled)
+            got = await self._sample(context, dataclasses.replace(params, max_tokens=remaining), on_tokens)
+            for segment in got:
+                self._check(segment, segments)
+                if segment.token_ids or segment.finish_reason != "abort":
+                    segments.append(segment)
+                    context += segment.token_ids
+                    sampled += len(segment.token_ids)
+                    empty = 0
+            ended = _ended(got[-1], context[len(prompt_ids) :], params)
             if ended is not None:
                 segments[-1] = dataclasses.replace(segments[-1], finish_reason=ended)
                 return Completion.from_segments(segments)
-            if not segment.token_ids and self._open.is_set():
+            if not any(segment.token_ids for segment in got) and self._open.is_set():
                 await asyncio.sleep(_RETRY_S[min(empty, len(_RETRY_S) - 1)])
                 empty += 1
 
-    async def publish(self, update: WeightUpdate) -> PublishReport:
+    async def _sample(
+        self, context: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None
+    ) -> tuple[Segment, ...]:
+        self._sampling += 1
+        self._drained.clear()
+        try:
+            return await self.engine.sample(context, params, on_tokens)
+        finally:
+            self._sampling -= 1
+            if not self._sampling:
+                self._drained.set()
+
+    async def publish(self, update: WeightUpdate, mode: PublishMode = "abort") -> PublishReport:
         """Serves `update` from now on; one publication at a time, in the order of the calls.
 
         Raises VersionError or EngineError, and then the old version goes on being served. A cancelled caller does not
         stop a publication half-way.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._publish(update)))
+        return await asyncio.shield(asyncio.ensure_future(self._publish(update, mode)))
 
-    async def _publish(self, update: WeightUpdate) -> PublishReport:
+    async def _publish(self, update: WeightUpdate, mode: PublishMode) -> PublishReport:
         asked = time.perf_counter()
         async with self._turn:
             if update.version <= self.engine.policy_version:
@@ -96,11 +120,14 @@ class VersionedPolicy:
                     f"version {update.version} cannot be published: the engine serves {self.engine.policy_version}, "
                     "and versions only go up"
                 )
-            closed = time.perf_counter()
+            await self.engine.prepare(update)
             self._closed_for = update.version
             self._open.clear()
             try:
-                await self.engine.pause()
+                if mode == "wait":
+                    await self._drained.wait()
+                closed = time.perf_counter()
+                await self.engine.pause("keep" if mode == "keep" else "abort")
                 try:
                     await self.engine.load(update)
                     self._published.add(update.version)
@@ -110,7 +137,7 @@ class VersionedPolicy:
                 self._open.set()
                 self._closed_for = None
             now = time.perf_counter()
-            return PublishReport(update.version, pause_s=now - closed, total_s=now - asked)
+            return PublishReport(update.version, pause_s=now - closed, total_s=now - asked, mode=mode)
 
     async def _pass(self, sampled: int) -> None:
         """Waits at the closed gate, and says in the log what for."""
@@ -140,12 +167,12 @@ class VersionedPolicy:
             raise VersionError(f"the engine went back from version {before[-1].policy_version} to {version}")
 
 
-def _ended(segment: Segment, params: SamplingParams, sampled: int) -> FinishReason | None:
+def _ended(last: Segment, sampled: Sequence[int], params: SamplingParams) -> FinishReason | None:
     """Why the completion ends with this segment, or None. An interruption may fall on the very last token."""
-    if segment.finish_reason != "abort":
-        return segment.finish_reason
-    if segment.token_ids and segment.token_ids[-1] in params.stop_token_ids:
+    if last.finish_reason != "abort":
+        return last.finish_reason
+    if sampled and sampled[-1] in params.stop_token_ids:
         return "stop"
-    if sampled >= params.max_tokens:
+    if len(sampled) >= params.max_tokens:
         return "length"
     return None

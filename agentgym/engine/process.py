@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from agentgym import errors
 from agentgym.engine.frames import (
@@ -34,11 +35,12 @@ from agentgym.engine.frames import (
     Sample,
     Sampled,
     ToChild,
+    Tokens,
     ToParent,
 )
-from agentgym.engine.protocol import Engine, EngineStats, WeightUpdate
+from agentgym.engine.protocol import Engine, EngineStats, PauseMode, WeightUpdate
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, UnavailableError
-from agentgym.policy import SamplingParams, Segment
+from agentgym.policy import OnTokens, SamplingParams, Segment
 
 _LAST_WORDS = 2000  # bytes of the child's output that an EngineDiedError quotes
 _LEAVE_S = 10.0  # a child that has not left so long after its socket closed is killed
@@ -55,6 +57,7 @@ class ProcessEngine:
         self._process = process
         self._output = output
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._listeners: dict[int, OnTokens] = {}
         self._numbers = itertools.count(_START + 1)
         self._death: asyncio.Task[str] | None = None
         self._closing = False
@@ -92,19 +95,28 @@ class ProcessEngine:
         engine.policy_version = ready.policy_version
         return engine
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None = None
+    ) -> tuple[Segment, ...]:
         """As Engine.sample."""
         call = next(self._numbers)
+        if on_tokens is not None:
+            self._listeners[call] = on_tokens
         try:
-            return await self._call(Sample(call, list(prompt_ids), params))
+            return await self._call(Sample(call, list(prompt_ids), params, stream=on_tokens is not None))
         except asyncio.CancelledError:
             if self._death is None:
                 self._wire.send(Cancel(call))
             raise
+        finally:
+            self._listeners.pop(call, None)
 
-    async def pause(self) -> None:
+    async def prepare(self, update: WeightUpdate) -> None:
+        """As Engine.prepare; the file is mapped when it is loaded, and there is nothing to prepare."""
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
         """As Engine.pause."""
-        await self._call(Command(next(self._numbers), "pause"))
+        await self._call(Command(next(self._numbers), mode))
 
     async def load(self, update: WeightUpdate) -> None:
         """As Engine.load."""
@@ -141,6 +153,9 @@ class ProcessEngine:
             self._calls.pop(message.call, None)
 
     def _take(self, message: ToParent) -> None:
+        if isinstance(message, Tokens):
+            self._hear(message)
+            return
         call = _START if isinstance(message, Ready) else message.call
         future = self._calls.get(call)
         if future is None or future.done():  # nobody waits any more
@@ -150,11 +165,17 @@ class ProcessEngine:
         elif isinstance(message, Ready):
             future.set_result(message)
         elif isinstance(message, Sampled):
-            future.set_result(message.segment)
+            future.set_result(message.segments)
         elif isinstance(message, Counted):
             future.set_result(message.stats)
         else:
             future.set_result(message.policy_version)
+
+    def _hear(self, message: Tokens) -> None:
+        listener = self._listeners.get(message.call)
+        if listener is not None:  # later, so that what it raises stops nobody else
+            said = (message.token_ids, message.logprobs, message.policy_version, message.kv_version)
+            asyncio.get_running_loop().call_soon(listener, *said)
 
     def _lost(self) -> None:
         if self._death is None:
@@ -226,18 +247,22 @@ class _Child:
         self._tasks[message.call] = task
         task.add_done_callback(lambda _: self._tasks.pop(message.call, None))
 
+    def _say(self, call: int, ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
+        self.wire.send(Tokens(call, list(ids), list(logprobs), version, kv_version))
+
     async def _answer(self, engine: Engine, message: Sample | Command | Load) -> None:
         call = message.call
         try:
             if isinstance(message, Sample):
-                self.wire.send(Sampled(call, await engine.sample(message.prompt_ids, message.params)))
+                on_tokens = partial(self._say, call) if message.stream else None
+                self.wire.send(Sampled(call, await engine.sample(message.prompt_ids, message.params, on_tokens)))
             elif isinstance(message, Load):
                 await engine.load(WeightUpdate(message.version, Path(message.path)))
                 self.wire.send(Obeyed(call, engine.policy_version))
             elif message.name == "stats":
                 self.wire.send(Counted(call, await engine.stats()))
             else:
-                await {"pause": engine.pause, "resume": engine.resume}[message.name]()
+                await (engine.resume() if message.name == "resume" else engine.pause(cast(PauseMode, message.name)))
                 self.wire.send(Obeyed(call, engine.policy_version))
         except Exception as error:  # noqa: BLE001  whatever it is, the caller in the parent must not wait for ever
             self.wire.send(Failed(call, type(error).__name__, str(error)))

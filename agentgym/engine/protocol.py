@@ -1,4 +1,4 @@
-"""What every inference engine is: tokens in, one segment out, and new weights between segments. Must never know a
+"""What every inference engine is: tokens in, segments out, and new weights between two tokens. Must never know a
 message or an environment."""
 
 from __future__ import annotations
@@ -6,9 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from agentgym.policy import SamplingParams, Segment
+from agentgym.policy import OnTokens, SamplingParams, Segment
+
+PauseMode = Literal["abort", "keep"]
+"""What becomes of running requests. "abort": each answers with what it has. "keep": each is held where it is, and goes
+on at `resume`, with the keys and values that it has, under whatever weights are served then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +46,33 @@ class Engine(Protocol):
     """An inference engine. Law: a segment is sampled under exactly one policy version, and says which."""
 
     max_context: int  # tokens, prompt and completion together
-    policy_version: int  # the version of the weights now served
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
-        """Samples until a stop token, `max_tokens`, or an interruption.
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights now served."""
+        ...
 
-        An interrupted request answers with what it has (possibly nothing) and `finish_reason="abort"`, also one that
-        arrives while the engine is paused. A seeded request draws from a stream that depends on the seed and on the
-        position in the context, so that one resumed behind its partial tokens never draws the same numbers again. A
-        cancelled call frees its place in the batch. Raises PromptTooLongError (prompt + max_tokens > max_context),
-        EngineError or EngineDiedError.
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None = None
+    ) -> tuple[Segment, ...]:
+        """Samples until a stop token, `max_tokens`, or an interruption: one segment, and one more for each version
+        that was loaded meanwhile while the request was kept.
+
+        An interrupted request answers with what it has (possibly one empty segment) and `finish_reason="abort"`, also
+        one that arrives while the engine is paused. All segments but the last say "abort". A seeded request draws from
+        a stream that depends on the seed and on the position in the context, so that one resumed behind its partial
+        tokens never draws the same numbers again. A cancelled call frees its place in the batch. Raises
+        PromptTooLongError (prompt + max_tokens > max_context), EngineError or EngineDiedError.
         """
         ...
 
-    async def pause(self) -> None:
-        """Interrupts every running request and accepts no other until `resume`; idempotent. Returns when nothing is
-        being computed any more."""
+    async def prepare(self, update: WeightUpdate) -> None:
+        """Does what can be done for `load(update)` while sampling goes on. Raises what `load` would."""
+        ...
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Interrupts or holds every running request and accepts no other until `resume`; idempotent. Returns when
+        nothing is being computed any more."""
         ...
 
     async def load(self, update: WeightUpdate) -> None:

@@ -1,5 +1,5 @@
 """Which request sits in which row of the KV cache. Law: a row's first `filled` keys and values were computed from its
-first `filled` tokens, under the weights now served.
+first `filled` tokens, under the weights now served; only a running row may be stale, and nobody copies from that one.
 
 Rows keep their content when their request ends, so that the next turn of the episode, which extends it, prefills only
 what is new; a prompt that begins like another row's content takes a copy of that beginning. Must never know torch.
@@ -35,6 +35,7 @@ class SlotTable:
         self.length = np.zeros(num_slots, np.int64)  # tokens known
         self.filled = np.zeros(num_slots, np.int64)  # tokens whose keys and values are in the cache
         self.running = np.zeros(num_slots, bool)
+        self.stale = np.zeros(num_slots, bool)  # running on keys of which some are of older weights
         self.temperature = np.ones(num_slots, np.float32)
         self.since = np.zeros(num_slots, np.int64)  # when its request came or went, in requests
         self._clock = 0
@@ -50,7 +51,7 @@ class SlotTable:
             return Placement(slot, slot, int(self.filled[slot]))
         same = self.tokens[:, :usable] == prompt[:usable]
         common = np.where(same.all(1), usable, same.argmin(1) if usable else 0)
-        common = np.minimum(common, self.length)
+        common = np.where(self.stale, 0, np.minimum(common, self.length))
         shared = np.minimum(common, self.filled)
         source = int(shared.argmax())
         best = int(shared[source])
@@ -93,14 +94,19 @@ class SlotTable:
     def release(self, slot: int) -> None:
         """Ends the row's request; its content stays for whoever extends it."""
         self.running[slot] = False
+        if self.stale[slot]:
+            self.forget(slot)
         self._touch(slot)
 
     def forget(self, slot: int | None = None) -> None:
-        """Declares the keys and values of one row, or of all (new weights), worthless."""
+        """Declares the keys and values of one row worthless, or of all (new weights) but the running ones, which go on
+        with them."""
         if slot is None:
-            self.filled[:] = 0
+            self.filled[~self.running] = 0
+            self.stale |= self.filled > 0
         else:
             self.filled[slot] = 0
+            self.stale[slot] = False
 
     def _touch(self, slot: int) -> None:
         self._clock += 1

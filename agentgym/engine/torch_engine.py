@@ -16,6 +16,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -23,13 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentgym.engine.protocol import EngineStats, WeightUpdate
+from agentgym.engine.protocol import EngineStats, PauseMode, WeightUpdate
 from agentgym.engine.torch_engine_batch import Outcome, SlotBatch, Work
 from agentgym.engine.torch_engine_weights import checked_dtype, load_weights, read_model
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
-from agentgym.policy import SamplingParams, Segment
+from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
 
 _Reply = tuple["asyncio.AbstractEventLoop", "asyncio.Future[Any]"]
+_Act = Callable[[], object]  # what an event loop shall do
 
 
 class TorchEngine:
@@ -48,14 +51,14 @@ class TorchEngine:
             if value < 1:
                 raise InputError(f"engine {name} must be >= 1, got {value}")
         self.max_context = max_context
-        self.policy_version = 0
         self._threads = threads
         self._batch = SlotBatch(read_model(Path(model_folder), checked_dtype(dtype)), slots, max_context)
         with torch.inference_mode():
             self._batch.prove()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._replies: dict[Work, _Reply] = {}
-        self._outbox: list[tuple[_Reply, Any]] = []
+        self._listeners: dict[Work, _Listener] = {}
+        self._outbox: list[tuple[asyncio.AbstractEventLoop, _Act]] = []
         self._paused = False
         self._ending: EngineDiedError | None = None  # once set, nothing more enters the inbox
         self._posting = threading.Lock()
@@ -63,24 +66,34 @@ class TorchEngine:
         self._thread = threading.Thread(target=self._serve, name="agentgym-torch-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights now served."""
+        return self._batch.policy_version
+
     # ------------------------------------------------------------------------------------ called from event loops
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None = None
+    ) -> tuple[Segment, ...]:
         """As Engine.sample."""
         prompt = np.array(prompt_ids, dtype=np.int64)
         self._check(prompt, params)
         work = Work(prompt, params, secrets.randbits(64) if params.seed is None else params.seed)
         reply = self._reply()
-        self._post(lambda: self._begin(work, reply))
+        self._post(lambda: self._begin(work, reply, on_tokens))
         try:
             return await reply[1]
         except asyncio.CancelledError:
             work.cancelled = True
             raise
 
-    async def pause(self) -> None:
+    async def prepare(self, update: WeightUpdate) -> None:
+        """As Engine.prepare; the file is mapped when it is loaded, and there is nothing to prepare."""
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
         """As Engine.pause."""
-        await self._command(self._do_pause)
+        await self._command(lambda: self._do_pause(mode))
 
     async def load(self, update: WeightUpdate) -> None:
         """As Engine.load."""
@@ -138,9 +151,9 @@ class TorchEngine:
                     raise EngineDiedError(str(self._ending))
                 action()
             except AgentGymError as error:
-                self._outbox.append((reply, error))
+                self._answer(reply, error)
             else:
-                self._outbox.append((reply, None))
+                self._answer(reply, None)
 
         self._post(run)
         await reply[1]
@@ -153,9 +166,11 @@ class TorchEngine:
             with torch.inference_mode():
                 while self._ending is None:
                     self._take_messages()
-                    if not self._batch.idle and self._ending is None:
+                    if not (self._batch.idle or self._paused) and self._ending is None:
                         start = time.perf_counter()
                         self._settle(self._batch.step())
+                        for listener in self._listeners.values():
+                            self._tell(listener)
                         self._busy_s += time.perf_counter() - start
                     self._deliver()
         except Exception as error:  # noqa: BLE001  the thread's last words must reach those who wait
@@ -164,23 +179,26 @@ class TorchEngine:
 
     def _take_messages(self) -> None:
         """Runs what has arrived; waits for something to arrive where there is nothing to compute."""
-        if self._batch.idle:
+        if self._batch.idle or self._paused:
             self._inbox.get()()
         while self._ending is None and not self._inbox.empty():
             self._inbox.get()()
 
-    def _begin(self, work: Work, reply: _Reply) -> None:
+    def _begin(self, work: Work, reply: _Reply, on_tokens: OnTokens | None) -> None:
         if work.cancelled:
             return
         self._replies[work] = reply
+        if on_tokens is not None:
+            self._listeners[work] = _Listener(work, reply, on_tokens)
         if self._paused:
             self._settle([(work, "abort")])
         else:
             self._batch.waiting.append(work)
 
-    def _do_pause(self) -> None:
+    def _do_pause(self, mode: PauseMode) -> None:
         self._paused = True
-        self._settle(self._batch.interrupt())
+        if mode == "abort":
+            self._settle(self._batch.interrupt())
 
     def _do_resume(self) -> None:
         self._paused = False
@@ -194,18 +212,30 @@ class TorchEngine:
                 "only go up"
             )
         load_weights(self._batch.model, update.path)
-        self._batch.forget()
-        self.policy_version = update.version
+        self._batch.renew(update.version)
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
         version = self.policy_version
         for work, outcome in outcomes:
-            reply = self._replies.pop(work)
+            listener = self._listeners.pop(work, None)
+            if listener is not None:
+                self._tell(listener)
             if isinstance(outcome, EngineError):
-                result: Segment | EngineError = EngineError(f"{outcome} (policy version {version})")
+                result: tuple[Segment, ...] | EngineError = EngineError(f"{outcome} (policy version {version})")
             else:
-                result = Segment(tuple(work.token_ids), tuple(work.logprobs), version, version, outcome)
-            self._outbox.append((reply, result))
+                result = _segments(work, version, outcome)
+            self._answer(self._replies.pop(work), result)
+
+    def _tell(self, listener: _Listener) -> None:
+        """Hands a listener the tokens that it has not heard of."""
+        work, told = listener.work, listener.told
+        if len(work.token_ids) > told:
+            listener.told = len(work.token_ids)
+            said = (work.token_ids[told:], work.logprobs[told:], self.policy_version, work.kv_version)
+            self._outbox.append((listener.reply[0], partial(_hear, listener, *said)))
+
+    def _answer(self, reply: _Reply, result: Any) -> None:
+        self._outbox.append((reply[0], partial(_resolve, reply[1], result)))
 
     def _end(self, error: EngineDiedError) -> None:
         """The last act: everybody who waits, or has written into the inbox meanwhile, gets `error`."""
@@ -215,25 +245,58 @@ class TorchEngine:
             self._inbox.get()()
         self._batch.interrupt()
         for reply in self._replies.values():
-            self._outbox.append((reply, EngineDiedError(str(error))))
+            self._answer(reply, EngineDiedError(str(error)))
         self._replies.clear()
+        self._listeners.clear()
 
     def _deliver(self) -> None:
         """Hands results to their event loops, all of one loop in one call."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
-        for (loop, future), result in self._outbox:
-            by_loop.setdefault(loop, []).append((future, result))
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Act]] = {}
+        for loop, act in self._outbox:
+            by_loop.setdefault(loop, []).append(act)
         self._outbox.clear()
-        for loop, results in by_loop.items():
+        for loop, acts in by_loop.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_resolve, results)
+                loop.call_soon_threadsafe(_do, acts)
 
 
-def _resolve(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, result in results:
-        if future.done():
-            continue
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+@dataclass(slots=True)
+class _Listener:
+    """Who wants to hear of a request's tokens as they come, and of how many it has."""
+
+    work: Work
+    reply: _Reply
+    on_tokens: OnTokens
+    told: int = 0
+
+
+def _segments(work: Work, version: int, reason: FinishReason) -> tuple[Segment, ...]:
+    """What was sampled, cut where weights were loaded while the request was kept."""
+    segments: list[Segment] = []
+    start = 0
+    for end, policy_version, kv_version in work.spans:
+        ids, logprobs = tuple(work.token_ids[start:end]), tuple(work.logprobs[start:end])
+        segments.append(Segment(ids, logprobs, policy_version, kv_version, "abort"))
+        start = end
+    kv_version = min(work.kv_version, version) if work.token_ids or work.spans else version
+    last = Segment(tuple(work.token_ids[start:]), tuple(work.logprobs[start:]), version, kv_version, reason)
+    return (*segments, last)
+
+
+def _do(acts: Sequence[_Act]) -> None:
+    for act in acts:
+        act()
+
+
+def _hear(listener: _Listener, *said: Any) -> None:
+    if not listener.reply[1].done():
+        asyncio.get_running_loop().call_soon(listener.on_tokens, *said)  # so that what it raises stops nobody else
+
+
+def _resolve(future: asyncio.Future[Any], result: Any) -> None:
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

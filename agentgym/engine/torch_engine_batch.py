@@ -29,6 +29,9 @@ _PREFILL_SPREAD = 2  # rows of one prefill differ in length by at most twice thi
 _PROOF_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of logprobs
 
 
+Span = tuple[int, int, int]  # (tokens sampled so far, policy version, kv version), at a span's end
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """One request on its way through the batch: what was asked, and what has been sampled so far."""
@@ -39,6 +42,8 @@ class Work:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     cancelled: bool = False  # nobody waits for it any more
+    kv_version: int = 0  # the oldest version among its keys
+    spans: list[Span] = field(default_factory=list)  # of versions before the one now served
 
 
 Outcome = tuple[Work, FinishReason | EngineError]
@@ -54,6 +59,7 @@ class SlotBatch:
         self.vocab_size = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.waiting: deque[Work] = deque()
         self.running: dict[int, Work] = {}  # by slot
+        self.policy_version = 0
         self.sampled_tokens = 0
         self.prefilled_tokens = 0
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -79,9 +85,17 @@ class SlotBatch:
         self.waiting.clear()
         return outcomes
 
-    def forget(self) -> None:
-        """New weights: no key or value in the cache is worth anything. Only while nothing is running."""
+    def renew(self, version: int) -> None:
+        """The model has new weights: no key or value in the cache is worth anything, except to the requests that are
+        running on them, which go on and remember that."""
+        for slot, work in self.running.items():
+            end = work.spans[-1][0] if work.spans else 0
+            if len(work.token_ids) > end:
+                work.spans.append((len(work.token_ids), self.policy_version, work.kv_version))
+            if not self._table.filled[slot]:
+                work.kv_version = version
         self._table.forget()
+        self.policy_version = version
 
     def step(self) -> list[Outcome]:
         """Admits what fits, prefills once, decodes once; returns the requests that ended."""
@@ -126,6 +140,7 @@ class SlotBatch:
             self._cache.copy(placement.source, placement.slot, placement.reused)
         draws = uniforms(work.seed, len(work.prompt), work.params.max_tokens)
         self._table.occupy(placement, work.prompt, draws, work.params.temperature)
+        work.kv_version = self.policy_version
         self.running[placement.slot] = work
 
     def _prefill_pays(self, pending: np.ndarray) -> bool:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from agentgym.engine.noise import uniforms
-from agentgym.engine.protocol import EngineStats, WeightUpdate
+from agentgym.engine.protocol import EngineStats, PauseMode, WeightUpdate
 from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
-from agentgym.policy import FinishReason, SamplingParams, Segment
+from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
 
 Logits = Callable[[int, Sequence[int]], np.ndarray]
 """(version, prefix ids) -> logits [V]; pure."""
@@ -54,7 +54,8 @@ class ScriptedEngine:
     """Samples from `logits(version, prefix)`, one event-loop turn (or `latency_s()` seconds) a token.
 
     `script[k]` is called after the k-th token sampled over all requests; the request that sampled it then holds until
-    the engine is paused. Versions in `refused` fail to load.
+    the engine is paused. Versions in `refused` fail to load. The logits know no keys: a request that was kept over a
+    load samples from the new version's, and says that its keys are older.
 
     Example: `ScriptedEngine(hashed_logits(8), script={5: lambda: asyncio.ensure_future(policy.publish(update))})`.
     """
@@ -78,6 +79,9 @@ class ScriptedEngine:
         self._script = dict(script or {})
         self._refused = refused
         self._pausing = asyncio.Event()
+        self._going = asyncio.Event()  # the opposite
+        self._going.set()
+        self._keeping = False  # paused with running requests held
         self._idle = asyncio.Event()
         self._idle.set()
         self._running = 0
@@ -87,7 +91,9 @@ class ScriptedEngine:
         self._busy_s = 0.0
         self._closed = False
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None = None
+    ) -> tuple[Segment, ...]:
         """As Engine.sample."""
         self._check_alive()
         if not prompt_ids:
@@ -98,19 +104,20 @@ class ScriptedEngine:
                 f"{self.max_context}; shorten one of them"
             )
         if self._pausing.is_set():
-            return Segment((), (), self.policy_version, self.policy_version, "abort")
+            return (Segment((), (), self.policy_version, self.policy_version, "abort"),)
         self._running += 1
         self._idle.clear()
         try:
-            return await self._run(list(prompt_ids), params)
+            return await self._run(list(prompt_ids), params, on_tokens)
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
 
-    async def _run(self, context: list[int], params: SamplingParams) -> Segment:
-        version = self.policy_version
+    async def _run(self, context: list[int], params: SamplingParams, on_tokens: OnTokens | None) -> tuple[Segment, ...]:
+        version = kv_version = self.policy_version
         self._prefilled += len(context)
+        segments: list[Segment] = []
         tokens: list[int] = []
         logprobs: list[float] = []
         reason: FinishReason = "length"
@@ -118,14 +125,24 @@ class ScriptedEngine:
         for draw in draws:
             await asyncio.sleep(self._latency_s())
             self._check_alive()
+            while self._keeping:
+                await self._going.wait()
+                self._check_alive()
             if self._pausing.is_set():
                 reason = "abort"
                 break
+            if version != self.policy_version:  # loaded while this request was kept
+                if tokens:
+                    segments.append(Segment(tuple(tokens), tuple(logprobs), version, kv_version, "abort"))
+                    tokens, logprobs = [], []
+                version = self.policy_version
             token, logprob = self._next(version, context, params.temperature, float(draw))
             tokens.append(token)
             logprobs.append(logprob)
             context.append(token)
             self._sampled += 1
+            if on_tokens is not None:
+                on_tokens((token,), (logprob,), version, kv_version)
             action = self._script.pop(self._sampled, None)
             if action is not None:
                 action()
@@ -133,7 +150,7 @@ class ScriptedEngine:
             if token in params.stop_token_ids:
                 reason = "stop"
                 break
-        return Segment(tuple(tokens), tuple(logprobs), version, version, reason)
+        return (*segments, Segment(tuple(tokens), tuple(logprobs), version, kv_version, reason))
 
     def _next(self, version: int, context: Sequence[int], temperature: float, draw: float) -> tuple[int, float]:
         start = time.perf_counter()
@@ -156,16 +173,25 @@ class ScriptedEngine:
         if self._closed:
             raise EngineDiedError("the scripted engine was closed")
 
-    async def pause(self) -> None:
+    async def prepare(self, update: WeightUpdate) -> None:
+        """As Engine.prepare; there is nothing to prepare."""
+        self._check_alive()
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
         """As Engine.pause."""
         self._check_alive()
+        self._keeping = mode == "keep"
         self._pausing.set()
-        await self._idle.wait()
+        if self._keeping:
+            self._going.clear()
+        else:
+            self._going.set()  # frees what an earlier pause holds
+            await self._idle.wait()
 
     async def load(self, update: WeightUpdate) -> None:
         """As Engine.load; the file is not read, the version is the weights."""
         self._check_alive()
-        if not self._pausing.is_set() or self._running:
+        if not self._pausing.is_set() or (self._running and not self._keeping):
             raise EngineError("weights can be loaded only while the engine is paused")
         if update.version <= self.policy_version:
             raise VersionError(f"version {update.version} is not newer than {self.policy_version}")
@@ -177,7 +203,9 @@ class ScriptedEngine:
     async def resume(self) -> None:
         """As Engine.resume."""
         self._check_alive()
+        self._keeping = False
         self._pausing.clear()
+        self._going.set()
 
     async def stats(self) -> EngineStats:
         """As Engine.stats."""
@@ -186,4 +214,6 @@ class ScriptedEngine:
     async def close(self) -> None:
         """Ends every running request with EngineDiedError."""
         self._closed = True
+        self._keeping = False
         self._pausing.set()  # frees requests that the script holds
+        self._going.set()

@@ -100,9 +100,9 @@ def test_a_bump_on_the_last_token_ends_the_completion_there() -> None:
 
 def test_an_interruption_on_a_stop_token_ends_the_completion() -> None:
     class AbortsOnStop(ScriptedEngine):
-        async def sample(self, prompt_ids, params):
-            segment = await super().sample(prompt_ids, params)
-            return type(segment)(segment.token_ids, segment.logprobs, 0, 0, "abort")
+        async def sample(self, prompt_ids, params, on_tokens=None):
+            segments = await super().sample(prompt_ids, params, on_tokens)
+            return tuple(dataclasses.replace(segment, finish_reason="abort") for segment in segments)
 
     async def main() -> None:
         policy = VersionedPolicy(AbortsOnStop(forced_logits(VOCAB, lambda prefix: len(prefix) % VOCAB)))

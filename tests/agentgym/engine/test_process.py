@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,12 +17,18 @@ import pytest
 
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.process import ProcessEngine
-from agentgym.engine.protocol import WeightUpdate
+from agentgym.engine.protocol import Engine, WeightUpdate
 from agentgym.engine.torch_engine import TorchEngine
 from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
-from agentgym.policy import SamplingParams
+from agentgym.policy import SamplingParams, Segment
 
 VOCAB = 61
+
+
+async def segment_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
+    """What the engine samples while nothing is loaded: one segment."""
+    (segment,) = await engine.sample(prompt_ids, params)
+    return segment
 
 
 @asynccontextmanager
@@ -65,11 +71,11 @@ def test_it_samples_what_the_engine_in_process_samples_over_publications(model_o
         report = await policy.publish(WeightUpdate(1, path))
         assert report.version == engine.policy_version == 1
         with pytest.raises(PromptTooLongError, match="context of 96"):
-            await engine.sample([1] * 90, SamplingParams(7))
+            await segment_of(engine, [1] * 90, SamplingParams(7))
         with pytest.raises(InputError, match="at least one token"):
-            await engine.sample([], SamplingParams(7))
+            await segment_of(engine, [], SamplingParams(7))
         await engine.pause()
-        assert (await engine.sample([1], SamplingParams(3))).finish_reason == "abort"
+        assert (await segment_of(engine, [1], SamplingParams(3))).finish_reason == "abort"
         with pytest.raises(VersionError, match="only go up"):
             await engine.load(WeightUpdate(1, path))
         with pytest.raises(EngineError, match="no weights at"):
@@ -99,7 +105,7 @@ def test_a_child_killed_by_kill_9_fails_every_call_with_its_name(model_of) -> No
     async def main() -> None:
         async with started(model_of("llama")[0], slots=1) as engine:
             running = [
-                asyncio.ensure_future(engine.sample([1, 2], SamplingParams(94, seed=index))) for index in range(50)
+                asyncio.ensure_future(segment_of(engine, [1, 2], SamplingParams(94, seed=index))) for index in range(50)
             ]
             await asyncio.sleep(0.03)
             os.kill(engine.pid, signal.SIGKILL)
@@ -121,7 +127,7 @@ def test_a_child_that_dies_leaves_its_last_words(model_of) -> None:
         async with started(model_of("llama")[0]) as engine:
             os.kill(engine.pid, signal.SIGABRT)
             with pytest.raises(EngineDiedError, match="SIGABRT"):
-                await engine.sample([1], SamplingParams(2))
+                await segment_of(engine, [1], SamplingParams(2))
 
     asyncio.run(main())
 
@@ -148,8 +154,8 @@ def test_errors_of_the_start_are_typed_and_leave_no_child(model_of, tmp_path: Pa
 def test_closing_ends_the_child_and_whoever_waits(model_of) -> None:
     async def main() -> None:
         async with started(model_of("llama")[0], slots=1) as engine:
-            running = asyncio.ensure_future(engine.sample([1], SamplingParams(90)))
-            waiting = asyncio.ensure_future(engine.sample([1], SamplingParams(90)))
+            running = asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90)))
+            waiting = asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90)))
             await asyncio.sleep(0)
             await engine.close()
             for result in await asyncio.gather(running, waiting, return_exceptions=True):
@@ -164,12 +170,12 @@ def test_closing_ends_the_child_and_whoever_waits(model_of) -> None:
 def test_a_cancelled_call_frees_the_slot_in_the_child(model_of) -> None:
     async def main() -> None:
         async with started(model_of("llama")[0], slots=1) as engine:
-            running = [asyncio.ensure_future(engine.sample([1], SamplingParams(90))) for _ in range(20)]
+            running = [asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90))) for _ in range(20)]
             await asyncio.sleep(0.01)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            await engine.sample([2], SamplingParams(1))
+            await segment_of(engine, [2], SamplingParams(1))
             stats = await engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
             assert stats.sampled_tokens < 300
@@ -215,7 +221,7 @@ def test_thousands_of_short_requests_a_second_are_carried(model_of) -> None:
         async with started(model_of("llama")[0], slots=64, max_context=16) as engine:
             start = time.perf_counter()
             segments = await asyncio.gather(
-                *(engine.sample([index % VOCAB], SamplingParams(1, seed=index)) for index in range(2000))
+                *(segment_of(engine, [index % VOCAB], SamplingParams(1, seed=index)) for index in range(2000))
             )
             assert time.perf_counter() - start < 10
             assert all(len(segment.token_ids) == 1 for segment in segments)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PreTrainedModel
 
 from agentgym.engine.gate import VersionedPolicy
-from agentgym.engine.protocol import WeightUpdate
+from agentgym.engine.protocol import Engine, WeightUpdate
 from agentgym.engine.torch_engine import TorchEngine
 from agentgym.engine.torch_engine_batch import draw
 from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError
@@ -22,6 +22,12 @@ from agentgym.policy import Completion, SamplingParams, Segment
 VOCAB = 61
 TOLERANCE = 1e-5
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"]
+
+
+async def segment_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
+    """What the engine samples while nothing is loaded: one segment."""
+    (segment,) = await engine.sample(prompt_ids, params)
+    return segment
 
 
 @asynccontextmanager
@@ -95,17 +101,17 @@ def test_the_batch_around_a_request_does_not_change_it(model_of, architecture: s
 
     async def main() -> None:
         async with engine_of(folder) as engine:
-            alone = await engine.sample(prompt, params)
+            alone = await segment_of(engine, prompt, params)
         async with engine_of(folder) as engine:
             rng = np.random.default_rng(1)
             others = [
                 asyncio.ensure_future(
-                    engine.sample(rng.integers(0, VOCAB, n).tolist(), SamplingParams(int(n) + 5, seed=int(n)))
+                    segment_of(engine, rng.integers(0, VOCAB, n).tolist(), SamplingParams(int(n) + 5, seed=int(n)))
                 )
                 for n in rng.integers(2, 40, 16)
             ]
             await asyncio.sleep(0.01)
-            among = await engine.sample(prompt, params)
+            among = await segment_of(engine, prompt, params)
             await asyncio.gather(*others)
         assert among.token_ids == alone.token_ids
         assert np.abs(np.array(among.logprobs) - np.array(alone.logprobs)).max() < TOLERANCE
@@ -123,7 +129,7 @@ def test_the_next_turn_of_an_episode_prefills_only_what_is_new(model_of) -> None
             for turn in range(4):
                 before = (await engine.stats()).prefilled_tokens
                 params = SamplingParams(max_tokens=5, seed=turn)
-                segments = await asyncio.gather(*(engine.sample(context, params) for context in contexts))
+                segments = await asyncio.gather(*(segment_of(engine, context, params) for context in contexts))
                 prefilled = (await engine.stats()).prefilled_tokens - before
                 assert prefilled == (sum(map(len, contexts)) if turn == 0 else 4 * 7)  # the last sample and 6 new
                 for context, segment in zip(contexts, segments, strict=True):
@@ -141,15 +147,16 @@ def test_an_episode_that_waits_for_its_tool_is_not_disturbed(model_of) -> None:
         async with engine_of(folder, slots=8) as engine:
             rng = np.random.default_rng(3)
             contexts = [rng.integers(0, VOCAB, 12).tolist() for _ in range(8)]
-            short = [await engine.sample(contexts[index], SamplingParams(3, seed=index)) for index in (0, 1)]
+            short = [await segment_of(engine, contexts[index], SamplingParams(3, seed=index)) for index in (0, 1)]
             busy = [
-                asyncio.ensure_future(engine.sample(context, SamplingParams(40, seed=9))) for context in contexts[2:]
+                asyncio.ensure_future(segment_of(engine, context, SamplingParams(40, seed=9)))
+                for context in contexts[2:]
             ]
             await asyncio.gather(*busy)
             before = (await engine.stats()).prefilled_tokens
             for context, segment in zip(contexts, short, strict=False):
                 longer = [*context, *segment.token_ids, 5, 6]
-                assert_recorded(model, longer, await engine.sample(longer, SamplingParams(4, seed=1)))
+                assert_recorded(model, longer, await segment_of(engine, longer, SamplingParams(4, seed=1)))
             assert (await engine.stats()).prefilled_tokens - before == 2 * 3
 
     asyncio.run(main())
@@ -183,7 +190,7 @@ def test_siblings_with_one_prompt_share_its_prefill(model_of) -> None:
     async def main() -> None:
         async with engine_of(folder, slots=8) as engine:
             segments = await asyncio.gather(
-                *(engine.sample(prompt, SamplingParams(max_tokens=6, seed=seed)) for seed in range(8))
+                *(segment_of(engine, prompt, SamplingParams(max_tokens=6, seed=seed)) for seed in range(8))
             )
             assert (await engine.stats()).prefilled_tokens <= 40 + 8
             assert len({segment.token_ids for segment in segments}) == 8
@@ -199,10 +206,10 @@ def test_a_rewritten_history_shares_only_its_common_beginning(model_of) -> None:
 
     async def main() -> None:
         async with engine_of(folder, slots=2) as engine:
-            await engine.sample([*beginning, 1, 2, 3], SamplingParams(max_tokens=8, seed=0))
+            await segment_of(engine, [*beginning, 1, 2, 3], SamplingParams(max_tokens=8, seed=0))
             before = (await engine.stats()).prefilled_tokens
             rewritten = [*beginning, 9, 2, 3]
-            assert_recorded(model, rewritten, await engine.sample(rewritten, SamplingParams(max_tokens=8, seed=0)))
+            assert_recorded(model, rewritten, await segment_of(engine, rewritten, SamplingParams(max_tokens=8, seed=0)))
             assert (await engine.stats()).prefilled_tokens - before == 3
 
     asyncio.run(main())
@@ -215,13 +222,13 @@ def test_new_weights_forget_the_old_keys(model_of, perturbed) -> None:
 
     async def main() -> None:
         async with engine_of(folder) as engine:
-            first = await engine.sample(prompt, SamplingParams(max_tokens=5, seed=0))
+            first = await segment_of(engine, prompt, SamplingParams(max_tokens=5, seed=0))
             await engine.pause()
             await engine.load(WeightUpdate(1, path))
             await engine.resume()
             before = (await engine.stats()).prefilled_tokens
             longer = [*prompt, *first.token_ids, 4]
-            second = await engine.sample(longer, SamplingParams(max_tokens=5, seed=0))
+            second = await segment_of(engine, longer, SamplingParams(max_tokens=5, seed=0))
             assert (await engine.stats()).prefilled_tokens - before == len(longer)
             assert (second.policy_version, second.kv_version) == (1, 1)
             assert_recorded(twin, longer, second)
@@ -234,11 +241,11 @@ def test_stop_tokens_end_a_segment_with_themselves(model_of) -> None:
 
     async def main() -> None:
         async with engine_of(folder) as engine:
-            free = await engine.sample([1, 2], SamplingParams(max_tokens=20, seed=4))
+            free = await segment_of(engine, [1, 2], SamplingParams(max_tokens=20, seed=4))
             stop = free.token_ids[7]
             first = free.token_ids.index(stop)
             unseen = next(token for token in range(VOCAB) if token not in free.token_ids)
-            stopped = await engine.sample([1, 2], SamplingParams(20, 1.0, (unseen, stop), seed=4))
+            stopped = await segment_of(engine, [1, 2], SamplingParams(20, 1.0, (unseen, stop), seed=4))
             assert stopped.token_ids == free.token_ids[: first + 1]
             assert (free.finish_reason, stopped.finish_reason) == ("length", "stop")
 
@@ -250,7 +257,7 @@ def test_greedy_takes_the_likeliest_and_records_temperature_one(model_of) -> Non
 
     async def main() -> None:
         async with engine_of(folder) as engine:
-            segment = await engine.sample([5, 6], SamplingParams(max_tokens=12, temperature=0.0))
+            segment = await segment_of(engine, [5, 6], SamplingParams(max_tokens=12, temperature=0.0))
             with torch.no_grad():
                 logits = model(torch.tensor([[5, 6, *segment.token_ids]])).logits[0, 1:-1]
             assert segment.token_ids == tuple(logits.argmax(-1).tolist())
@@ -280,7 +287,7 @@ def test_more_requests_than_slots_all_end(model_of) -> None:
             prompts = [[index % VOCAB, (3 * index) % VOCAB] for index in range(40)]
             segments = await asyncio.gather(
                 *(
-                    engine.sample(prompt, SamplingParams(1 + index % 9, seed=index))
+                    segment_of(engine, prompt, SamplingParams(1 + index % 9, seed=index))
                     for index, prompt in enumerate(prompts)
                 )
             )
@@ -299,7 +306,8 @@ def test_pause_interrupts_between_tokens_and_a_paused_engine_takes_nothing(model
     async def main() -> None:
         async with engine_of(folder, slots=2) as engine:
             running = [
-                asyncio.ensure_future(engine.sample([index, 7], SamplingParams(90, seed=index))) for index in range(4)
+                asyncio.ensure_future(segment_of(engine, [index, 7], SamplingParams(90, seed=index)))
+                for index in range(4)
             ]
             while (await engine.stats()).sampled_tokens < 20:
                 await asyncio.sleep(0.001)
@@ -310,12 +318,12 @@ def test_pause_interrupts_between_tokens_and_a_paused_engine_takes_nothing(model
             assert sum(len(segment.token_ids) for segment in segments) == sampled
             assert not segments[3].token_ids
             assert_recorded(model, [0, 7], segments[0])
-            late = await engine.sample([1], SamplingParams(5))
+            late = await segment_of(engine, [1], SamplingParams(5))
             assert (late.token_ids, late.finish_reason) == ((), "abort")
             await engine.pause()
             assert (await engine.stats()).sampled_tokens == sampled
             await engine.resume()
-            assert len((await engine.sample([1], SamplingParams(5))).token_ids) == 5
+            assert len((await segment_of(engine, [1], SamplingParams(5))).token_ids) == 5
 
     asyncio.run(main())
 
@@ -325,14 +333,14 @@ def test_a_cancelled_request_frees_its_slot(model_of) -> None:
 
     async def main() -> None:
         async with engine_of(folder, slots=1) as engine:
-            running = asyncio.ensure_future(engine.sample([1], SamplingParams(90, seed=1)))
-            waiting = asyncio.ensure_future(engine.sample([2], SamplingParams(90, seed=1)))
+            running = asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90, seed=1)))
+            waiting = asyncio.ensure_future(segment_of(engine, [2], SamplingParams(90, seed=1)))
             while (await engine.stats()).sampled_tokens < 3:
                 await asyncio.sleep(0.001)
             running.cancel()
             waiting.cancel()
             await asyncio.gather(running, waiting, return_exceptions=True)
-            assert len((await engine.sample([3], SamplingParams(2))).token_ids) == 2
+            assert len((await segment_of(engine, [3], SamplingParams(2))).token_ids) == 2
             stats = await engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
             assert stats.sampled_tokens < 90
@@ -345,13 +353,13 @@ def test_requests_that_cannot_be_served_are_refused_with_their_figures(model_of)
 
     async def main() -> None:
         async with engine_of(folder, max_context=32) as engine:
-            assert len((await engine.sample([1] * 24, SamplingParams(8))).token_ids) == 8
+            assert len((await segment_of(engine, [1] * 24, SamplingParams(8))).token_ids) == 8
             with pytest.raises(PromptTooLongError, match=r"prompt of 25 tokens and max_tokens 8 .* context of 32"):
-                await engine.sample([1] * 25, SamplingParams(8))
+                await segment_of(engine, [1] * 25, SamplingParams(8))
             with pytest.raises(InputError, match="at least one token"):
-                await engine.sample([], SamplingParams(8))
+                await segment_of(engine, [], SamplingParams(8))
             with pytest.raises(InputError, match=r"prompt ids must be in \[0, 61\), got 3..61"):
-                await engine.sample([3, VOCAB], SamplingParams(8))
+                await segment_of(engine, [3, VOCAB], SamplingParams(8))
 
     asyncio.run(main())
 
@@ -361,13 +369,13 @@ def test_closing_ends_whoever_waits(model_of) -> None:
 
     async def main() -> None:
         engine = TorchEngine(folder, slots=1, max_context=96)
-        running = [asyncio.ensure_future(engine.sample([1], SamplingParams(90))) for _ in range(3)]
+        running = [asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90))) for _ in range(3)]
         await asyncio.sleep(0.01)
         await engine.close()
         results = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(result, EngineDiedError) for result in results)
         with pytest.raises(EngineDiedError, match="closed"):
-            await engine.sample([1], SamplingParams(1))
+            await segment_of(engine, [1], SamplingParams(1))
         with pytest.raises(EngineDiedError, match="closed"):
             await engine.pause()
         await engine.close()
@@ -408,13 +416,13 @@ def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(model_o
             policy = VersionedPolicy(engine)
             await policy.publish(WeightUpdate(1, tmp_path / "bad.safetensors"))
             for result in await asyncio.gather(
-                *(engine.sample([1, 2, index], SamplingParams(5)) for index in range(6)), return_exceptions=True
+                *(segment_of(engine, [1, 2, index], SamplingParams(5)) for index in range(6)), return_exceptions=True
             ):
                 assert isinstance(result, EngineError)
                 assert "not finite (policy version 1)" in str(result)
             await policy.publish(WeightUpdate(2, good))
             for index in range(6):
-                assert_recorded(twin, [1, index], await engine.sample([1, index], SamplingParams(5, seed=index)))
+                assert_recorded(twin, [1, index], await segment_of(engine, [1, index], SamplingParams(5, seed=index)))
 
     asyncio.run(main())
 
