@@ -26,8 +26,8 @@ HTTP_PORT, TLS_PORT = 2375, 2376
 class DaemonHttp:
     """One Docker daemon. `url`: unix://, tcp:// or ssh://; `tls`: the folder that holds ca.pem, cert.pem and key.pem.
 
-    Example: `DaemonHttp("unix:///var/run/docker.sock").containers("agentgym.owner")`. Raises UnavailableError when it cannot
-    be reached, SandboxError for what it refuses.
+    Example: `DaemonHttp("unix:///var/run/docker.sock").containers("agentgym.owner")`. Raises UnavailableError when it
+    cannot be reached, SandboxError for what it refuses.
     """
 
     def __init__(self, url: str, tls: Path | None = None) -> None:
@@ -99,9 +99,7 @@ class DaemonHttp:
                 connection.sock, theirs = socket.socketpair()
                 connection.sock.settimeout(CALL_S)
                 with theirs:
-                    child = subprocess.Popen(
-                        ssh_command(self.url), stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL
-                    )
+                    child = _start(ssh_command(self.url), theirs.fileno())
             else:
                 raise UnavailableError(f"a Docker daemon's address begins with unix://, tcp:// or ssh://: {self.url}")
             yield connection
@@ -123,6 +121,10 @@ class DaemonHttp:
         except BaseException:
             plain.close()
             raise
+
+
+def _start(command: list[str], streams: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdin=streams, stdout=streams, stderr=subprocess.DEVNULL)
 
 
 def ssh_command(url: str) -> list[str]:

@@ -1,5 +1,5 @@
-"""Who holds which boxes, so that none outlives its owner. Law: an owner is one process. Its lease is a locked file that no
-other process can hold; every box is written down there before it exists and struck out when it is gone; and whoever
+"""Who holds which boxes, so that none outlives its owner. Law: an owner is one process. Its lease is a locked file that
+no other process can hold; every box is written down there before it exists and struck out when it is gone; and whoever
 reads it can tell a living owner from a dead one without believing a process id.
 
 The lease of an owner is a folder of the runtime folder ($XDG_RUNTIME_DIR/agentgym, else /tmp/agentgym-<uid>):
@@ -233,7 +233,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def runtime_folder() -> Path:
-    """Where the leases of this user are; made if needed. UnavailableError if it is anyone else's: /tmp is everybody's."""
+    """Where the leases of this user are; made if needed. /tmp is everybody's, so UnavailableError if it is not ours."""
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     folder = Path(f"/tmp/agentgym-{os.geteuid()}")
     if given.startswith("/") and _is_private(Path(given)):
@@ -247,8 +247,8 @@ def runtime_folder() -> Path:
             raise UnavailableError(f"the folder of sandbox leases {folder} cannot be made: {error.strerror}") from error
     if not _is_private(folder):
         raise UnavailableError(
-            f"the folder of sandbox leases {folder} is not this user's alone (a folder of mode 0700); remove it, or set "
-            "XDG_RUNTIME_DIR to a folder that is"
+            f"the folder of sandbox leases {folder} is not this user's alone (a folder of mode 0700); remove it, or "
+            "set XDG_RUNTIME_DIR to a folder that is"
         )
     return folder
 

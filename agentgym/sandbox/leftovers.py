@@ -1,5 +1,5 @@
-"""What owners left behind, found and taken away. Law: nothing that a living owner holds is touched, nor anything that is
-not ours; and where nobody can tell whether an owner lives (another machine, another container), only age decides.
+"""What owners left behind, found and taken away. Law: nothing that a living owner holds is touched, nor anything that
+is not ours; and where nobody can tell whether an owner lives (another machine, another container), only age decides.
 
 Needs the standard library only: the reaper runs this, too.
 """

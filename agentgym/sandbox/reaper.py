@@ -1,5 +1,5 @@
-"""The process that outlives an owner of boxes and takes them away. Law: it trusts nothing but the kernel's word that the
-owner ended, holds nothing of the owner's (no descriptor, no session, no folder), and is small until then.
+"""The process that outlives an owner of boxes and takes them away. Law: it trusts nothing but the kernel's word that
+the owner ended, holds nothing of the owner's (no descriptor, no session, no folder), and is small until then.
 
 `lease.py` runs this file as a program of its own, `python -I -S reaper.py FOLDER PID START_TIME`: only what stands here
 is loaded until there is something to take away. It also looks for owners whose reaper was killed with them: at its
@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import time
+from typing import Any
 
 LOOK_S = 60.0  # for other owners that ended without a reaper
 POLL_S = 1.0  # where the kernel knows no pidfd
@@ -97,7 +98,7 @@ def take_away_orphans(runtime: str, own: str) -> None:
         os.waitpid(child, 0)
 
 
-def leftovers():  # noqa: ANN201  the module is loaded late
+def leftovers() -> Any:
     """The module that takes away; it and what it imports need the standard library only."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if root not in sys.path:
