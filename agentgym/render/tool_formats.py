@@ -20,6 +20,7 @@ class ToolFormat(Protocol):
     """One way to write calls. `describe`, `write_call` and `write_result` serve templates without tool support."""
 
     name: str
+    opening: str  # the text that a call begins with
 
     def parse(self, text: str, tools: Sequence[ToolSpec]) -> tuple[str, tuple[ToolCall, ...]]:
         """The content beside the calls, and the calls."""
@@ -49,15 +50,15 @@ class Hermes:
     """`<tool_call>{"name": "move", "arguments": {"dir": "up"}}</tool_call>`, as Hermes and Qwen models write."""
 
     name = "hermes"
-    _open, _close = "<tool_call>", "</tool_call>"
+    opening, _close = "<tool_call>", "</tool_call>"
 
     def parse(self, text: str, tools: Sequence[ToolSpec]) -> tuple[str, tuple[ToolCall, ...]]:
         content: list[str] = []
         calls: list[ToolCall] = []
         position = 0
-        while (start := text.find(self._open, position)) >= 0:
+        while (start := text.find(self.opening, position)) >= 0:
             content.append(text[position:start])
-            body = start + len(self._open)
+            body = start + len(self.opening)
             value, position = self._read(text, body)
             if value is None:
                 calls.append(ToolCall(f"call_{len(calls)}", "", text[body:position].strip()))
@@ -117,10 +118,10 @@ class Plain:
     whose tokenizer has one token for each of these words."""
 
     name = "plain"
-    call_token, separator = "<call>", "<sep>"
+    opening, separator = "<call>", "<sep>"
 
     def parse(self, text: str, tools: Sequence[ToolSpec]) -> tuple[str, tuple[ToolCall, ...]]:
-        content, *bodies = text.split(self.call_token)
+        content, *bodies = text.split(self.opening)
         return content.strip(), tuple(self._read(f"call_{i}", body.strip(), tools) for i, body in enumerate(bodies))
 
     def _read(self, call_id: str, body: str, tools: Sequence[ToolSpec]) -> ToolCall:
@@ -149,7 +150,7 @@ class Plain:
     def describe(self, tools: Sequence[ToolSpec], wrap: Wrap) -> str:
         lines = [
             wrap(f"{tool.name}: {tool.description}")
-            + f"\n  {self.call_token} "
+            + f"\n  {self.opening} "
             + wrap(f"{tool.name}")
             + f" {self.separator}".join(f" {wrap(key)}" for key in _properties(tool.name, tools))
             for tool in tools
@@ -159,7 +160,7 @@ class Plain:
     def write_call(self, call: ToolCall, tools: Sequence[ToolSpec], wrap: Wrap) -> str:
         arguments = self.arrange(call, tools)
         values = arguments.values() if isinstance(arguments, dict) else [arguments]
-        return f"{self.call_token} {wrap(call.name)}" + f" {self.separator}".join(f" {wrap(str(v))}" for v in values)
+        return f"{self.opening} {wrap(call.name)}" + f" {self.separator}".join(f" {wrap(str(v))}" for v in values)
 
     def write_result(self, content: str) -> str:
         return content

@@ -1,8 +1,8 @@
 """Who a request comes from: bearers in, principals out. Must never know HTTP or what a principal may do.
 
-Law: a bearer is compared in constant time, kept in memory only, and means one principal or none; a session's bearer that
-is no longer known means nobody, also where no key is asked for, so that an ended session's requests are refused instead
-of going on unrecorded.
+Law: a bearer is compared in constant time, kept in memory only, and means one principal or none; a session's bearer
+that is no longer known means nobody, also where no key is asked for, so that an ended session's requests are refused
+instead of going on unrecorded.
 """
 
 from __future__ import annotations
