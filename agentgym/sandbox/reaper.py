@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from typing import Any
+from types import ModuleType
 
 LOOK_S = 60.0  # for other owners that ended without a reaper
 POLL_S = 1.0  # where the kernel knows no pidfd
@@ -98,7 +98,7 @@ def take_away_orphans(runtime: str, own: str) -> None:
         os.waitpid(child, 0)
 
 
-def leftovers() -> Any:
+def leftovers() -> ModuleType:
     """The module that takes away; it and what it imports need the standard library only."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if root not in sys.path:
