@@ -127,6 +127,10 @@ class Sandbox(Protocol):
         """What enforces each limit of the spec here, e.g. `{"memory": "cgroup v2", "pids": "rlimit"}`."""
         ...
 
+    def ping(self) -> None:
+        """Returns when the box answers; SandboxDiedError if it is gone."""
+        ...
+
     def exec(
         self, command: Sequence[str] | str, *, timeout_s: float = 10.0, stdin: bytes = b"", cwd: str | None = None
     ) -> ExecResult:
