@@ -113,6 +113,10 @@ class ServiceError(AgentGymError, ConnectionError):
     """The rollout service cannot be reached, ended, or refused a request."""
 
 
+class NotNowError(ServiceError):
+    """The service takes no more at the moment; says what it waits for. The same request succeeds later."""
+
+
 class TrainingError(AgentGymError, RuntimeError):
     """Training cannot go on (non-finite gradient, no valid group, ...)."""
 

@@ -29,6 +29,7 @@ class DiscardReason(StrEnum):
     STALE_AT_ADMISSION = "stale_at_admission"
     STALE_AT_CONSUMPTION = "stale_at_consumption"
     TOO_FEW_VALID = "too_few_valid"
+    INCOMPLETE = "incomplete"  # outside agents opened it and did not finish enough episodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,12 @@ class GroupBuffer:
             )
         self._ready[group_id] = (group.order, ReadyGroup(group_id, oldest, members))
         return None
+
+    def give_up(self, group_id: str, reason: DiscardReason, detail: str) -> Discard:
+        """An open group that nobody will complete."""
+        if self._open.pop(group_id, None) is None:
+            raise InputError(f"there is no open group {group_id}")
+        return Discard(group_id, reason, detail)
 
     def take(self, num_groups: int, trainer_version: int) -> Taken:
         """`num_groups` groups to train on at `trainer_version`, oldest first, or None while there are too few or while

@@ -15,14 +15,14 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
-from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError, ServiceError
+from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError, NotNowError, ServiceError
 from agentgym.policy import Completion, Policy, SamplingParams
 from agentgym.render.protocol import Renderer
-from agentgym.rollout.buffer import Discard, GroupBuffer, ReadyGroup
+from agentgym.rollout.buffer import Discard, DiscardReason, GroupBuffer, ReadyGroup
 from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, run_episode
 from agentgym.rollout.limits import EpisodeLimits
@@ -49,6 +49,27 @@ class CollectorSettings:
     max_retries: int = 2
     stall_warning_s: float = 30.0
     seed: int = 0
+    plays: bool = True  # False: outside agents play all episodes
+
+
+class Outside(Protocol):
+    """The episodes that outside agents play, as far as a batch depends on them."""
+
+    def live_versions(self) -> set[int]:
+        """The versions that their tokens carry or may carry."""
+        ...
+
+    def waiting_for(self) -> str:
+        """What their groups lack, in one line."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideTask:
+    """The task and seed of a group that outside agents play. Example: `OutsideTask("django__django-11099", 0)`."""
+
+    task_id: str
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +77,7 @@ class CollectedBatch:
     """A batch as the service has it: whole trajectories. `tasks` are parallel to `groups`."""
 
     groups: tuple[ReadyGroup, ...]
-    tasks: tuple[ScheduledTask, ...]
+    tasks: tuple[ScheduledTask | OutsideTask, ...]
     metrics: Mapping[str, float]
     live_versions: tuple[int, ...]
     data_position: Mapping[str, Any]
@@ -98,7 +119,8 @@ class Collector:
         self._schedule = schedule
         self._store = store
         self._buffer = GroupBuffer(settings.group_size, settings.groups_per_step, settings.max_staleness)
-        self._tasks: dict[str, ScheduledTask] = {}  # of every group started and not yet consumed or discarded
+        self._outside: Outside | None = None
+        self._tasks: dict[str, ScheduledTask | OutsideTask] = {}  # of groups neither consumed nor discarded
         self._waiting: deque[_Attempt] = deque()
         self._running: dict[asyncio.Task[None], tuple[str, EpisodeProgress]] = {}
         self._collecting = False
@@ -138,6 +160,8 @@ class Collector:
         versions = {self._policy.policy_version} | self._buffer.live_versions()
         for _, progress in self._running.values():
             versions |= progress.live_versions()
+        if self._outside is not None:
+            versions |= self._outside.live_versions()
         return tuple(sorted(versions))
 
     def waiting_for(self) -> str:
@@ -145,11 +169,16 @@ class Collector:
         if self._broken is not None:
             return str(self._broken)
         ready, needed = self._buffer.num_ready, self.settings.groups_per_step
+        if not self.settings.plays:
+            sessions = self._outside.waiting_for() if self._outside else "none can be opened"
+            return f"{ready} of {needed} groups ready; sessions: {sessions}" + self._paused()
         phases = Counter(progress.phase for _, progress in self._running.values())
         doing = ", ".join(f"{count} {phase}" for phase, count in phases.most_common()) or "none running"
-        paused = "" if self._collecting else "; collecting is paused"
         idle = f"; none has finished for {quiet:.0f} s" if (quiet := time.monotonic() - self._last_end) > 5 else ""
-        return f"{ready} of {needed} groups ready; episodes: {doing}{idle if self._running else ''}{paused}"
+        return f"{ready} of {needed} groups ready; episodes: {doing}{idle if self._running else ''}{self._paused()}"
+
+    def _paused(self) -> str:
+        return "" if self._collecting else "; collecting is paused"
 
     # ---------------------------------------------------------------------------------------------------- orders
 
@@ -184,6 +213,8 @@ class Collector:
                 if self._broken is not None:
                     raise self._broken
                 self._fill()
+                if not self.settings.plays:
+                    await self._policy.engine.stats()  # no episode of ours would notice that the engine died
                 if self._closed:
                     raise ServiceError("the rollout service is ending")
                 left = deadline - time.monotonic()
@@ -198,6 +229,53 @@ class Collector:
         self._buffer.publish()
         self._fill()
         return report
+
+    # ---------------------------------------------------------------------------------- episodes played by others
+
+    def attach(self, outside: Outside) -> None:
+        """Whose episodes come through `begin_outside`, `put` and `put_failed`."""
+        self._outside = outside
+
+    def begin_outside(self, group_id: str, task_id: str, seed: int) -> None:
+        """A group that outside agents play, under the rules of every other. Raises NotNowError while it must not
+        begin: whoever asks again later gets in."""
+        if not self._collecting or self._closed:
+            raise NotNowError("collecting is paused: the trainer has not begun, or is done; open a session later")
+        if not self._buffer.may_start:
+            raise NotNowError(
+                f"{self._buffer.num_unconsumed} groups are started and not trained on yet, as many as "
+                "rollout.max_staleness allows; finish those that are open, or open a session later"
+            )
+        self._buffer.start(group_id, self._policy.policy_version)
+        self._tasks[group_id] = OutsideTask(task_id, seed)
+
+    def put(self, trajectory: Trajectory) -> None:
+        """An episode that ended with a score; with it, this is a TrajectorySink."""
+        self._count(trajectory)
+        self._put(trajectory)
+
+    def put_failed(self, trajectory: Trajectory) -> None:
+        """An episode that ended without a score: counted and stored, and no member of its group."""
+        self._count(trajectory)
+        self.failed += 1
+        self._step.failed += 1
+        log.warning("episode %s failed: %s", trajectory.trajectory_id, trajectory.error)
+        self._store.put(trajectory)
+
+    def keep(self, trajectory: Trajectory) -> None:
+        """An episode that is not trained on, for the trajectories on disk."""
+        self._store.append(trajectory)
+
+    def give_up(self, group_id: str, reason: DiscardReason, detail: str) -> None:
+        """A group that nobody will complete."""
+        self._discard(self._buffer.give_up(group_id, reason, detail))
+        self._changed.set()
+
+    def _count(self, trajectory: Trajectory) -> None:
+        self._last_end = time.monotonic()
+        self.episodes += 1
+        self.sampled_tokens += trajectory.num_sampled_tokens
+        self._step.sampled_tokens += trajectory.num_sampled_tokens
 
     def end_waiting(self) -> None:
         """Nothing begins any more, and whoever waits for a batch is told so."""
@@ -223,7 +301,7 @@ class Collector:
             self._start(self._waiting.popleft())
 
     def _begin_group(self) -> bool:
-        if not self._collecting or not self._buffer.may_start:
+        if not self.settings.plays or not self._collecting or not self._buffer.may_start:
             return False
         task = self._schedule.next()
         group_id = f"g-{task.index:06d}"
@@ -253,10 +331,7 @@ class Collector:
 
     async def _play(self, attempt: _Attempt, plan: EpisodePlan, progress: EpisodeProgress) -> None:
         trajectory = await run_episode(plan, self._environments, self._renderer, self._sampler, self._limits, progress)
-        self._last_end = time.monotonic()
-        self.episodes += 1
-        self.sampled_tokens += trajectory.num_sampled_tokens
-        self._step.sampled_tokens += trajectory.num_sampled_tokens
+        self._count(trajectory)
         if trajectory.status is EpisodeStatus.FAILED:
             progress.enter("recovering from a failure")
             await self._fail(attempt, trajectory)
@@ -296,7 +371,14 @@ class Collector:
         log.warning("group %s discarded (%s): %s", discard.group_id, discard.reason.value, discard.detail)
         self.discarded[discard.reason.value] += 1
         self._step.discarded[discard.reason.value] += 1
-        self._schedule.finish(self._tasks.pop(discard.group_id).index)
+        self._settle(discard.group_id)
+
+    def _settle(self, group_id: str) -> ScheduledTask | OutsideTask:
+        """The task of a group that is dealt with; it will not come again after a restart."""
+        task = self._tasks.pop(group_id)
+        if isinstance(task, ScheduledTask):
+            self._schedule.finish(task.index)
+        return task
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         trajectory_id, _ = self._running.pop(task)
@@ -315,9 +397,7 @@ class Collector:
             for member in group.members:
                 self._store.put(member)
         self._store.write(step)
-        tasks = tuple(self._tasks.pop(group.group_id) for group in groups)
-        for task in tasks:
-            self._schedule.finish(task.index)
+        tasks = tuple(self._settle(group.group_id) for group in groups)
         counts, self._step = self._step, StepCounts()
         self._fill()
         return CollectedBatch(

@@ -16,6 +16,7 @@ from agentgym.errors import CheckpointError, InputError
 from agentgym.trajectory import Trajectory
 
 FOLDER = "trajectories"
+OTHERS = "untrained.jsonl"  # sessions of a run that trains on its environment
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Trajectory)
 
@@ -40,6 +41,18 @@ class TrajectoryStore:
 
     def put(self, trajectory: Trajectory) -> None:
         self._lines.append(_encoder.encode(trajectory) + b"\n")
+
+    def append(self, trajectory: Trajectory) -> None:
+        """Writes a trajectory that belongs to no step, at once. Raises CheckpointError."""
+        path = self._run_dir / FOLDER / OTHERS
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(_encoder.encode(trajectory) + b"\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write trajectory {trajectory.trajectory_id} to {path}: {error.strerror}"
+            ) from error
 
     def write(self, step: int) -> None:
         """Writes what was put since the last `write` as the file of `step`; a second batch of the same step is

@@ -32,6 +32,7 @@ from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import succeeded
 from agentgym.server.engines import start_engine
+from agentgym.server.sessions import Sessions
 from agentgym.server.settings import ServiceConfig
 from agentgym.server.wire import Batch, Evaluation, Group, PublishReport, ServiceStatus
 from agentgym.trajectory import EpisodeStatus, Trajectory, to_scored_sequences
@@ -92,6 +93,7 @@ class RolloutService:
             max_retries=rollout.max_retries,
             stall_warning_s=rollout.stall_warning_s,
             seed=rollout.seed,
+            plays=rollout.source == "environment",
         )
         self.collector = Collector(
             settings,
@@ -102,6 +104,10 @@ class RolloutService:
             Schedule(environments.task_ids("train"), rollout.seed),
             TrajectoryStore(run_dir),
         )
+        self.sessions = Sessions(
+            config.sessions, self.collector, renderer, record.env_id, lambda: self.policy.policy_version,
+            trains=rollout.source == "sessions",
+        )  # fmt: skip
         self._unacknowledged: set[str] = set()
         self._batches = itertools.count()
         self._evaluations: dict[str, _EvaluationRun] = {}
@@ -144,6 +150,7 @@ class RolloutService:
         for run in self._evaluations.values():
             run.task.cancel()
         await asyncio.gather(*(run.task for run in self._evaluations.values()), return_exceptions=True)
+        await self.sessions.close()
         await self.collector.close()
         await self._environments.close()
         await self.policy.engine.close()

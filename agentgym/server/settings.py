@@ -33,6 +33,7 @@ class EnvSection(Section):
 class RolloutSection(Section):
     """What is collected, how much of it at once, and how old it may be."""
 
+    source: Literal["environment", "sessions"] = "environment"  # who plays: the environment here, or outside agents
     group_size: int = 8  # G siblings of one task and seed
     groups_per_step: int = 16
     max_staleness: int = 2  # versions between a token's policy and the one that trains on it; 0 = synchronous
@@ -74,6 +75,18 @@ class RolloutSection(Section):
         if not 0.0 < value < float("inf"):
             raise ValueError(f"must be finite and > 0, got {value}")
         return value
+
+
+class SessionsSection(Section):
+    """Episodes that outside agents play; whoever opens one may ask for less. A run on outside agents alone
+    (`rollout.source = "sessions"`) trains on them; else they are recorded and not trained on."""
+
+    max_open: int = Field(default=1024, ge=1)
+    ttl_s: float = Field(default=3600.0, gt=0.0)  # a session that is not finished by then expires
+    group_ttl_s: float = Field(default=7200.0, gt=0.0)  # an incomplete group in which nothing is open is given up then
+    max_turns: int = Field(default=1000, ge=1)
+    max_tokens: int = Field(default=1_000_000, ge=1)  # sampled ones of a session
+    any_temperature: bool = False  # True: training sessions may sample at another temperature than rollout.temperature
 
 
 class EngineSection(Section):
@@ -150,6 +163,7 @@ class ServiceConfig(Section):
     env: EnvSection
     model: ModelSection = ModelSection()
     rollout: RolloutSection = RolloutSection()
+    sessions: SessionsSection = SessionsSection()
     engine: EngineSection = EngineSection()
     sandbox: SandboxSection = SandboxSection()
     render: RenderSection = RenderSection()
