@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
-from agentgym.sandbox.spec import BOX_UID, Answer, ExecResult, SandboxSpec
-from agentgym.sandbox.worker_client import Channel, WorkerClient, whole
+from agentgym.sandbox.archive import Archive, ArchiveLimits
+from agentgym.sandbox.spec import WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
+from agentgym.sandbox.worker_client import Channel, WorkerClient, whole, worker_program
 
 MARK_BYTES = 64  # room for the line that says how much output was cut
+MOVE_S = 60.0  # for what may be as large as all the box's folders
+PACK_EXTRA = 16 * 2**20  # headers of a tar, beside the bytes of its files
 
 
 class WorkerSandbox:
@@ -23,22 +27,37 @@ class WorkerSandbox:
         self.spec = spec
         self.limits = limits
         self._client = WorkerClient(channel, name)
+        self._frozen = False
 
-    def _boot(self, rlimits: Mapping[str, int]) -> None:
-        """Starts the worker and checks what it became: pid 1 and nobody's root, or this is no box."""
+    def _boot(
+        self,
+        rlimits: Mapping[str, int],
+        *,
+        compiled_for: str | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Mapping[str, Any]:
+        """Starts the worker and checks what it became: pid 1 and who the spec says, or this is no box.
+
+        `compiled_for`: the box runs this interpreter of the host. `modules`: files of this package that are sent along;
+        the worker calls `apply(settings)` of each before its first answer. What they returned, by their names."""
         settings = {
             "environment": checked_environment(self.spec.environment),
             "output_limit": self.spec.output_limit,
             "file_limit": self._file_limit,
+            "lease_s": self.spec.lease_s,
             "rlimits": dict(rlimits),
+            "modules": {name: dict(fields) for name, fields in (modules or {}).items()},
         }
-        greeting = self._client.boot(settings)
-        if greeting.get("pid") != 1 or greeting.get("uid") != BOX_UID:
+        greeting = self._client.boot(settings, worker_program(compiled_for, tuple(modules or ())))
+        uid = 0 if self.spec.run_as_root else self.spec.uid
+        if greeting.get("pid") != 1 or greeting.get("uid") != uid:
             raise SandboxError(
                 f"sandbox {self.name} is not isolated: its worker is pid {greeting.get('pid')} of uid "
-                f"{greeting.get('uid')}, not pid 1 of uid {BOX_UID}"
+                f"{greeting.get('uid')}, not pid 1 of uid {uid}"
             )
         self._python = str(greeting.get("executable"))
+        applied = greeting.get("applied")
+        return applied if isinstance(applied, dict) else {}
 
     @property
     def python(self) -> str:
@@ -76,6 +95,72 @@ class WorkerSandbox:
                 f"sandbox {self.name}: {len(data)} bytes for {path!r} exceed sandbox.tmpfs_mb = {self.spec.tmpfs_mb}"
             )
         self._client.request("write", {"path": checked_text("path", path)}, data)
+
+    def put(self, source: Archive | Mapping[str, bytes | str] | Path, path: str = WORK_DIRECTORY) -> None:
+        archive = source
+        if isinstance(archive, Path):
+            archive = Archive.from_folder(archive)
+        elif not isinstance(archive, Archive):
+            archive = Archive.of(archive)
+        self._client.request("put", {"path": checked_text("path", path)}, archive.to_tar(), wait_s=MOVE_S)
+
+    def export(self, paths: Sequence[str]) -> Archive:
+        if isinstance(paths, str):
+            raise InputError(f"export takes a list of paths, got the one path {paths!r:.200}")
+        asked = outermost([checked_export(path) for path in paths])
+        limit = self._tree_limit
+        fields = {"paths": asked, "exact": False, "limit": limit}
+        _, body = self._client.request("export", fields, wait_s=MOVE_S, max_body=limit + PACK_EXTRA)
+        return Archive.from_tar(body, ArchiveLimits(bytes=limit))
+
+    @property
+    def frozen(self) -> bool:
+        return self._frozen
+
+    def freeze(self) -> None:
+        self._client.request("freeze", {})
+        self._frozen = True
+
+    def thaw(self) -> None:
+        self._client.request("thaw", {})
+        self._frozen = False
+
+    def fork(self) -> WorkerSandbox:
+        pack = self._pack()
+        twin = self._open_like()
+        try:
+            twin._restore(pack)
+        except BaseException:
+            twin.close()
+            raise
+        return twin
+
+    def _open_like(self) -> WorkerSandbox:
+        """A new box of the same spec; a tier whose boxes are opened in another way says how."""
+        return type(self)(self.spec)  # type: ignore[call-arg]
+
+    def _pack(self) -> bytes:
+        """The writable folders at one moment, in a form that only another worker reads."""
+        limit = self._tree_limit
+        fields = {"paths": list(self.folders), "exact": True, "limit": limit}
+        _, body = self._client.request("export", fields, wait_s=MOVE_S, max_body=limit + PACK_EXTRA)
+        return body
+
+    def _restore(self, pack: bytes) -> None:
+        self._client.request("restore", {}, pack, wait_s=MOVE_S)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """What can be written to in the box."""
+        return ("/tmp", WORK_DIRECTORY, *self.spec.folders)
+
+    @property
+    def _tree_limit(self) -> int:
+        return (self._file_limit + PACK_EXTRA) * len(self.folders)
+
+    def renew(self) -> None:
+        """Renews the lease, from any thread, also while a call waits; a box that is gone is found by the next call."""
+        self._client.renew()
 
     def ping(self) -> None:
         """Returns when the worker answers; SandboxDiedError otherwise."""
@@ -146,6 +231,25 @@ def checked_command(command: Sequence[str] | str) -> list[str]:
     for part in argv:
         checked_text("command", part)
     return argv
+
+
+def checked_export(path: str) -> str:
+    """An absolute path without "." and ".."; what is relative lies in the work directory."""
+    checked_text("path", path)
+    whole_path = path if path.startswith("/") else f"{WORK_DIRECTORY}/{path}"
+    parts = [part for part in whole_path.split("/") if part not in ("", ".")]
+    if ".." in parts or not parts:
+        raise InputError(f"export takes paths below / without '..', got {path!r:.200}")
+    return "/" + "/".join(parts)
+
+
+def outermost(paths: Sequence[str]) -> list[str]:
+    """Without those that lie in another of them."""
+    kept: list[str] = []
+    for path in sorted(set(paths)):
+        if not any(path.startswith(f"{above}/") for above in kept):
+            kept.append(path)
+    return kept
 
 
 def checked_text(what: str, text: str | None) -> str | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Callable
 
@@ -11,25 +14,43 @@ CHUNK = 1 << 18
 
 
 class SocketChannel:
-    """Implements `worker_client.Channel` over a stream socket; the docker tier puts its framing on top.
+    """Implements `worker_client.Channel` over a stream socket, TLS included; the docker tier puts its framing on top.
+
+    The socket never blocks, because its timeout would be shared by the thread that waits for a reply and the one that
+    renews the lease; each waits by itself.
 
     Example: `SocketChannel(ours, epitaph=lambda: "bubblewrap ended with code 1")`.
     """
 
     def __init__(self, stream: socket.socket, epitaph: Callable[[], str]) -> None:
         self._stream = stream
+        self._stream.setblocking(False)
+        self._lock = threading.Lock()  # TLS can do one thing at a time
         self.epitaph = epitaph
 
     def send(self, data: bytes, until: float) -> None:
-        self._stream.settimeout(_left(until))
-        self._stream.sendall(data)
+        view = memoryview(data)
+        while view:
+            try:
+                with self._lock:
+                    sent = self._stream.send(view)
+                view = view[sent:]
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN, until)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._wait(select.POLLOUT, until)
 
     def receive(self, until: float) -> bytes:
-        self._stream.settimeout(_left(until))
-        try:
-            return self._stream.recv(CHUNK)
-        except ConnectionError:
-            return b""
+        while True:
+            try:
+                with self._lock:
+                    return self._stream.recv(CHUNK)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self._wait(select.POLLIN, until)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT, until)
+            except ConnectionError:
+                return b""
 
     def shut(self) -> None:
         with contextlib.suppress(OSError):
@@ -38,9 +59,9 @@ class SocketChannel:
     def release(self) -> None:
         self._stream.close()
 
-
-def _left(until: float) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the deadline has passed")
-    return left
+    def _wait(self, events: int, until: float) -> None:
+        poll = select.poll()
+        poll.register(self._stream, events)
+        left = until - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise TimeoutError("the deadline has passed")

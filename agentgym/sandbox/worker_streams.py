@@ -1,8 +1,7 @@
-"""Bytes between the worker and the processes it started. Law as in worker.py: standard library only; this source is
-sent into the box too."""
+"""Bytes between the worker and the processes it started. Law as in worker.py."""
 
 import fcntl
-import os
+import posix
 
 CHUNK = 1 << 16
 
@@ -49,14 +48,14 @@ class Pipes:
 
     def adopt(self, fd):
         high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
-        os.close(fd)
+        posix.close(fd)
         self.fds.add(high)
         return high
 
     def open(self, ours):
         """A pipe (read end, write end); the end number `ours` does not block."""
-        pair = [self.adopt(fd) for fd in os.pipe()]
-        os.set_blocking(pair[ours], False)
+        pair = [self.adopt(fd) for fd in posix.pipe()]
+        posix.set_blocking(pair[ours], False)
         return pair
 
     def keep(self, *fds):
@@ -65,13 +64,13 @@ class Pipes:
     def close(self, *fds):
         for fd in self.fds.intersection(fds):
             self.fds.discard(fd)
-            os.close(fd)
+            posix.close(fd)
 
 
 def read_some(fd):
     """Bytes, b"" at the end of the stream, None when there is nothing now."""
     try:
-        return os.read(fd, CHUNK)
+        return posix.read(fd, CHUNK)
     except BlockingIOError:
         return None
 
@@ -91,7 +90,7 @@ def drain(fd, capture, rounds):
 def feed(fd, rest):
     """Writes what fits; what is left."""
     try:
-        return rest[os.write(fd, rest[:CHUNK]) :]
+        return rest[posix.write(fd, rest[:CHUNK]) :]
     except BlockingIOError:
         return rest
     except BrokenPipeError:

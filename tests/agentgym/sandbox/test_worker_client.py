@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import marshal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ import pytest
 from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError
 from agentgym.sandbox import worker_client
 from agentgym.sandbox.socket_channel import SocketChannel
-from agentgym.sandbox.worker_client import FRAME, WorkerClient, whole
+from agentgym.sandbox.worker_client import WorkerClient, whole
+from agentgym.sandbox.worker_frames import BOX, HOST, SIZES, TAG, sealed, sizes_of, tag_of
 
 
 class Liar:
@@ -44,9 +45,9 @@ class Liar:
         assert not self._thread.is_alive()
 
 
-def frame(header: object, body: bytes = b"") -> bytes:
+def frame(header: object, body: bytes = b"", number: int = 0, key: bytes = b"", sender: bytes = BOX) -> bytes:
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return FRAME.pack(len(encoded), len(body)) + encoded + body
+    return sealed(key, sender, number, encoded, body) + body
 
 
 @pytest.fixture
@@ -67,12 +68,17 @@ def test_an_honest_answer_in_pieces(liars: list[Liar]) -> None:
     assert client.request("ping", {}, max_body=10) == ({"id": 1, "x": 2}, b"body")
 
 
+def test_an_honest_answer_in_parts(liars: list[Liar]) -> None:
+    client = ask(liars, frame({"id": 1, "part": True}, b"12345") + frame({"id": 1, "x": 2}, b"6789a", 1))
+    assert client.request("read", {}, max_body=10) == ({"id": 1, "x": 2}, b"123456789a")
+
+
 @pytest.mark.parametrize(
     "answer",
     [
         b"\xff" * 64,
-        struct.pack(">II", 1 << 31, 0),
-        struct.pack(">II", 10, 1 << 31),
+        b"\x80\0\0\0\0\0\0\0" + bytes(TAG),
+        b"\0\0\0\x0a\x80\0\0\0" + bytes(TAG),
         frame({"id": 1}, b"longer than asked for"),
         frame({"id": 2}),
         frame({"id": True}),
@@ -83,6 +89,12 @@ def test_an_honest_answer_in_pieces(liars: list[Liar]) -> None:
         frame(b"\xff\xfe"),
         frame(b"[" * 30_000),
         frame({"id": 1})[:-1],
+        frame({"id": 1}, number=1),
+        frame({"id": 1}, key=b"another"),
+        frame({"id": 1}, sender=HOST),
+        frame({"id": 1}).replace(b"1}", b"1 }"),
+        frame({"id": 1, "part": True}),
+        frame({"id": 1, "part": True}, b"12345678") + frame({"id": 1}, b"9ab", 1),
         b"",
         None,
     ],
@@ -111,8 +123,8 @@ def test_error_replies_are_typed(liars: list[Liar]) -> None:
     client = ask(
         liars,
         frame({"id": 1, "error": "missing", "message": "no such file"}),
-        frame({"id": 2, "error": "limit", "message": "disk full"}),
-        frame({"id": 3, "error": ["?"], "message": "z" * 50_000}),
+        frame({"id": 2, "error": "limit", "message": "disk full"}, number=1),
+        frame({"id": 3, "error": ["?"], "message": "z" * 50_000}, number=2),
     )
     with pytest.raises(SandboxError, match="no such file"):
         client.request("read", {})
