@@ -1,60 +1,99 @@
 """Which tier a box gets. Law: what was asked for by name is what is given, or an error with its mend; only `auto`
-chooses, and it says what it took and why."""
+chooses, it says what it took and why, and never takes less isolation than the task declares."""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from agentgym.errors import UnavailableError, UnknownNameError
+from agentgym.errors import InputError, UnavailableError, UnknownNameError
 from agentgym.sandbox.namespace import NamespaceSandbox, namespace_problem
-from agentgym.sandbox.spec import BASE_IMAGE, Sandbox, SandboxSpec
+from agentgym.sandbox.spec import BASE_IMAGE, STRENGTH, TIERS, Sandbox, SandboxSpec
+
+if TYPE_CHECKING:
+    from agentgym.sandbox.docker_host import DockerHost
 
 logger = logging.getLogger(__name__)
 
-TIERS = ("auto", "docker", "namespace")
+PREFERENCE = ("docker", "namespace", "gvisor")  # what `auto` tries, of those that are strong enough
+NAMES = {"docker": "Docker", "namespace": "Bubblewrap", "gvisor": "gVisor"}
 
 
-def choose_tier(tier: str = "auto", image: str = BASE_IMAGE) -> Literal["docker", "namespace"]:
-    """The tier to use here; takes some milliseconds, so callers that open many boxes keep the answer."""
-    if tier == "docker":
-        _refuse("docker", _docker_problem(image))
-        return "docker"
-    if tier == "namespace":
-        _refuse("namespace", namespace_problem())
-        return "namespace"
+def choose_tier(
+    tier: str = "auto", image: str = BASE_IMAGE, *, at_least: str = "namespace", host: DockerHost | None = None
+) -> str:
+    """The tier to use here, one of STRENGTH; takes some milliseconds, so callers that open many boxes keep the answer.
+    `at_least` is the weakest isolation that the task accepts; `host` the Docker daemon (default: the environment's)."""
+    _check_strength(tier, at_least)
     if tier != "auto":
-        raise UnknownNameError.of("sandbox tier", tier, TIERS)
-    no_docker = _docker_problem(image)
-    if no_docker is None:
-        logger.info("sandbox tier: docker, because its daemon answers and holds %s", image)
-        return "docker"
-    no_namespace = namespace_problem()
-    if no_namespace is None:
-        logger.info("sandbox tier: namespace (bubblewrap), because %s", no_docker)
-        return "namespace"
-    raise UnavailableError(f"no sandbox can be made here. Docker: {no_docker}. Bubblewrap: {no_namespace}")
+        problem = _problem(tier, image, host)
+        if problem is not None:
+            raise UnavailableError(_refusal(tier, problem))
+        return tier
+    problems: dict[str, str] = {}
+    for candidate in _candidates(at_least):
+        problem = _problem(candidate, image, host)
+        if problem is None:
+            why = "; ".join(problems.values()) or f"its daemon answers and holds {image}"
+            logger.info("sandbox tier: %s, because %s", _described(candidate), why)
+            return candidate
+        problems[candidate] = problem
+    least = "" if at_least == "namespace" else f" with at least the isolation of {at_least!r}"
+    said = ". ".join(f"{NAMES[name]}: {problem}" for name, problem in problems.items())
+    raise UnavailableError(f"no sandbox{least} can be made here. {said}")
 
 
-def open_sandbox(tier: str = "auto", spec: SandboxSpec | None = None) -> Sandbox:
+def open_sandbox(
+    tier: str = "auto",
+    spec: SandboxSpec | None = None,
+    *,
+    at_least: str = "namespace",
+    host: DockerHost | None = None,
+) -> Sandbox:
     """A running box. `with open_sandbox("auto", SandboxSpec(memory_mb=256)) as box: box.exec("echo hi")`."""
     spec = spec or SandboxSpec()
-    if tier not in TIERS:
-        raise UnknownNameError.of("sandbox tier", tier, TIERS)
-    chosen = choose_tier("auto", spec.image) if tier == "auto" else tier
+    if tier == "auto" and spec.relaxations and at_least == "namespace":
+        at_least = "docker"  # the namespace tier knows no relaxation
+    _check_strength(tier, at_least)
+    chosen = choose_tier("auto", spec.image, at_least=at_least, host=host) if tier == "auto" else tier
     if chosen == "namespace":
         return NamespaceSandbox(spec)
     from agentgym.sandbox.docker import DockerSandbox  # the client is loaded by those who use it
 
-    return DockerSandbox(spec)
+    return DockerSandbox(spec, host, chosen)
 
 
-def _docker_problem(image: str) -> str | None:
+def _check_strength(tier: str, at_least: str) -> None:
+    if tier not in TIERS:
+        raise UnknownNameError.of("sandbox tier", tier, TIERS)
+    if at_least not in STRENGTH:
+        raise UnknownNameError.of("sandbox tier", at_least, STRENGTH)
+    if tier != "auto" and STRENGTH.index(tier) < STRENGTH.index(at_least):
+        raise InputError(
+            f"the task declares sandbox tier {at_least!r} as the least, and sandbox.tier={tier} isolates less; use "
+            f"sandbox.tier={at_least} or auto"
+        )
+
+
+def _candidates(at_least: str) -> list[str]:
+    strong = STRENGTH[STRENGTH.index(at_least) :]
+    if at_least != "gvisor":
+        strong = tuple(name for name in strong if name != "gvisor")  # it needs the same daemon, and is slower
+    return [name for name in PREFERENCE if name in strong]
+
+
+def _problem(tier: str, image: str, host: DockerHost | None) -> str | None:
+    if tier == "namespace":
+        return namespace_problem()
     from agentgym.sandbox.docker import docker_problem
 
-    return docker_problem(image)
+    return docker_problem(image, host, tier)
 
 
-def _refuse(tier: str, problem: str | None) -> None:
-    if problem is not None:
-        raise UnavailableError(f"sandbox.tier={tier} cannot be had here: {problem}")
+def _refusal(tier: str, problem: str) -> str:
+    opening = f"sandbox.tier={tier} cannot be had here: "
+    return problem if problem.startswith(opening) else opening + problem
+
+
+def _described(tier: str) -> str:
+    return "namespace (bubblewrap)" if tier == "namespace" else tier

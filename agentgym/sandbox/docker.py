@@ -1,5 +1,5 @@
-"""The Docker tier, and the only file that speaks to the daemon. Law: every box is hardened by what is written here and
-not by what the daemon or the image prefers; what is not set is a hole.
+"""The tiers behind a Docker daemon: `docker`, and `gvisor`, which is Docker with gVisor's runtime. Law: a box is known
+by name before it exists, nothing of it stays, and every failure says which box, which daemon and why.
 
 The worker is the container's pid 1 (no docker-init, which would hold the worker's streams open for anyone in the box to
 read through /proc/1/fd) and reaps what init would reap. Its input ends with the attached connection: when the owner is
@@ -11,104 +11,154 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
-import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import docker
 import docker.errors
-import docker.types
-import requests.exceptions
 
-from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
+from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox.box import WorkerSandbox
+from agentgym.sandbox.docker_host import FAILURES, OWN_SOCKET, Daemon, DockerHost, connect, hijacked, root_cause
+from agentgym.sandbox.docker_settings import (
+    GVISOR_RUNTIME,
+    REGISTER_GVISOR,
+    container_settings,
+    enforced,
+    gvisor_problem,
+    owner_uid,
+    rlimits,
+    seccomp_problem,
+    warn_of_relaxations,
+)
+from agentgym.sandbox.images import missing
+from agentgym.sandbox.lease import owner
 from agentgym.sandbox.socket_channel import SocketChannel
-from agentgym.sandbox.spec import BASE_IMAGE, BOX_UID, WORK_DIRECTORY, SandboxSpec
+from agentgym.sandbox.spec import BASE_IMAGE, SandboxSpec
 from agentgym.sandbox.worker_client import boot_command
 
 logger = logging.getLogger(__name__)
 
-PING_S = 3  # a daemon that does not answer within this is not there
-CALL_S = 120  # many boxes started at once wait for each other inside the daemon
 REMOVED_S = 20.0
-SHM_MB = 16
-BUILD = "python -m agentgym.sandbox.base_image"
 STREAM_FRAME = struct.Struct(">BxxxI")  # stream number, length: Docker's framing of an attached connection
-FAILURES = (docker.errors.DockerException, requests.exceptions.RequestException)
+TRIED: set[tuple[int, DockerHost]] = set()  # the daemons on which this process has seen a box of gVisor run
 
 
 class DockerSandbox(WorkerSandbox):
     """One container. `DockerSandbox(SandboxSpec())` creates, attaches and starts it."""
 
-    def __init__(self, spec: SandboxSpec) -> None:
-        name = f"agentgym-{os.getpid()}-{secrets.token_hex(4)}"  # known before anything exists, so it can be removed
-        self._api = connect(CALL_S).api
-        self._exists = False
-        limits = dict.fromkeys(("memory", "pids", "cpus"), "docker") | {"disk": "tmpfs size"}
+    def __init__(self, spec: SandboxSpec, host: DockerHost | None = None, tier: str = "docker") -> None:
+        self._daemon = connect(host)
+        refuse_daemon(self._daemon, tier, spec)
+        self._container = Container(self._daemon, tier, spec)
         try:
-            self._create(name, spec)
-            connection = self._api.attach_socket(name, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            channel = AttachedChannel(connection)
-        except FAILURES as error:
-            self._remove(name)
-            raise _start_error(name, spec, error) from error
-        except BaseException:
-            self._remove(name)
-            raise
-        super().__init__("docker", name, spec, channel, limits)
+            self._container.create(boot_command("python3"), owner_uid(spec))
+            channel = self._container.attach()
+        except BaseException as error:
+            raise self._container.failed(error) from error
+        super().__init__(tier, self._container.name, spec, channel, enforced(tier, spec, "resident"))
         try:
-            self._api.start(name)
-            self._boot({})
-        except FAILURES as error:
-            self.close()
-            raise _start_error(name, spec, error) from error
-        except BaseException:
-            self.close()
-            raise
-
-    def _create(self, name: str, spec: SandboxSpec) -> None:
-        self._exists = True  # before the call: one that fails half-way may have made it
-        created = self._api.create_container(
-            image=spec.image,
-            name=name,
-            entrypoint=boot_command("python3"),
-            command=[],
-            user=f"{BOX_UID}:{BOX_UID}",
-            working_dir=WORK_DIRECTORY,
-            hostname="box",
-            stdin_open=True,
-            environment={},
-            use_config_proxy=False,  # the client's configuration may hold a proxy with its password
-            healthcheck={"test": ["NONE"]},
-            labels={"agentgym.owner": str(os.getpid()), "agentgym.host": socket.gethostname(), "agentgym.box": name},
-            host_config=self._api.create_host_config(**_hardened(spec)),
-        )
-        for warning in created.get("Warnings") or ():
-            logger.warning("docker says of %s: %s", name, warning)
+            self._container.start()
+            self._boot(rlimits(tier, spec))
+        except BaseException as error:
+            self._client.close()
+            raise self._container.failed(error) from error
+        self._container.keep(self.renew)
+        warn_of_relaxations(spec)
 
     def _end(self) -> None:
-        self._remove(self.name)
-        self._api.close()
+        self._container.remove()
 
-    def _remove(self, name: str) -> None:
+
+class Container:
+    """A container of ours at a daemon: made, attached, started, removed. It does not know what runs in it."""
+
+    def __init__(self, daemon: Daemon, tier: str, spec: SandboxSpec) -> None:
+        self.daemon, self.tier, self.spec = daemon, tier, spec
+        # written down before anything exists, so that it is removed whatever happens to this process
+        self.name = owner().new_name(tier, spec, daemon.host.url or OWN_SOCKET, daemon.host.tls)
+        self._exists = False
+
+    def create(self, command: list[str], uid: int) -> None:
+        try:
+            image = self.daemon.api.inspect_image(self.spec.image)
+        except docker.errors.ImageNotFound as error:
+            raise UnavailableError(missing(self.spec.image, self.daemon)) from error
+        volumes = sorted((image.get("Config") or {}).get("Volumes") or ())
+        labels = owner().labels(self.name, self.spec)
+        settings = container_settings(self.daemon, self.tier, self.spec, labels, volumes, uid)
+        self._exists = True  # before the call: one that fails half-way may have made it
+        created = self.daemon.api.create_container(name=self.name, entrypoint=command, command=[], **settings)
+        for warning in created.get("Warnings") or ():
+            logger.warning("docker says of %s: %s", self.name, warning)
+
+    def attach(self) -> AttachedChannel:
+        wanted = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+        return AttachedChannel(self.daemon.api.attach_socket(self.name, wanted))
+
+    def start(self) -> None:
+        self.daemon.api.start(self.name)
+
+    def keep(self, renew: Callable[[], None]) -> None:
+        """It runs: from now on its lease is renewed as long as this process lives."""
+        owner().keep(self.name, renew, self.spec.lease_s)
+
+    def remove(self) -> None:
         """Returns when the daemon no longer knows the container; its anonymous volumes go with it."""
         until = time.monotonic() + REMOVED_S
         while self._exists and time.monotonic() < until:
             try:
-                self._api.remove_container(name, v=True, force=True)
+                self.daemon.quick.remove_container(self.name, v=True, force=True)
             except docker.errors.NotFound:
                 self._exists = False
             except docker.errors.APIError as error:
                 if error.status_code != 409:  # 409: its own removal is under way
-                    raise SandboxDiedError(f"container {name} cannot be removed: {error.explanation}") from error
+                    raise SandboxDiedError(f"container {self.name} cannot be removed: {error.explanation}") from error
                 time.sleep(0.01)
             except FAILURES as error:
-                raise SandboxDiedError(f"container {name} cannot be removed: no daemon ({error})") from error
+                raise SandboxDiedError(
+                    f"container {self.name} cannot be removed: the Docker daemon at {self.daemon.host.shown} does not "
+                    f"answer ({root_cause(error)}); it ends by its lease"
+                ) from error
         if self._exists:
-            raise SandboxDiedError(f"container {name} is still being removed after {REMOVED_S:g} s")
+            raise SandboxDiedError(f"container {self.name} is still being removed after {REMOVED_S:g} s")
+        owner().forget(self.name)
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Removes what was made; the error to raise."""
+        try:
+            self.remove()
+        except SandboxError as left:
+            logger.warning("%s", left)
+        return self._start_error(error) if isinstance(error, FAILURES) else error
+
+    def _start_error(self, error: Exception) -> Exception:
+        if isinstance(error, (SandboxError, InputError)):  # it is typed already, and an OSError too
+            return error
+        said = str(error)
+        if isinstance(error, docker.errors.ImageNotFound):
+            return UnavailableError(missing(self.spec.image, self.daemon))
+        if "executable file not found" in said or "no such file or directory" in said:
+            return NoPythonError(
+                f"the image {self.spec.image} has no python3 in its PATH, which a box needs (3.9 or newer); add it to "
+                "the image"
+            )
+        if self.tier == "gvisor" and (GVISOR_RUNTIME in said or "OCI runtime" in said):
+            return UnavailableError(
+                f"sandbox.tier=gvisor cannot be had here: the runtime {GVISOR_RUNTIME!r} at "
+                f"{self.daemon.host.shown} does not start a box ({said:.300}); {REGISTER_GVISOR}"
+            )
+        if isinstance(error, docker.errors.APIError):
+            return SandboxError(f"container {self.name} cannot be started: {error.explanation or error}")
+        return SandboxDiedError(
+            f"container {self.name} cannot be started: the Docker daemon at {self.daemon.host.shown} failed "
+            f"({root_cause(error)})"
+        )
+
+
+class NoPythonError(UnavailableError):
+    """The image holds no Python that can be the worker."""
 
 
 class AttachedChannel:
@@ -117,8 +167,9 @@ class AttachedChannel:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection  # the client closes the connection when this is forgotten
-        self._socket = SocketChannel(getattr(connection, "_sock", connection), lambda: "")
-        self._received = bytearray()
+        stream, early = hijacked(connection)
+        self._socket = SocketChannel(stream, lambda: "")
+        self._received = bytearray(early)
         self._complaint = b""
 
     def send(self, data: bytes, until: float) -> None:
@@ -154,109 +205,32 @@ class AttachedChannel:
         return f"its worker ended{': ' if said else ' (out of memory, or the container was stopped)'}{said}"
 
 
-def _hardened(spec: SandboxSpec) -> Mapping[str, Any]:
-    memory = spec.memory_mb * 2**20
-    disk = spec.tmpfs_mb * 2**20
-    owned = f"rw,exec,nosuid,nodev,size={disk},uid={BOX_UID},gid={BOX_UID},mode=0755"
-    return {
-        "network_mode": "none",
-        "mem_limit": memory,
-        "memswap_limit": memory,
-        "nano_cpus": int(spec.cpus * 1e9),
-        "pids_limit": spec.pids,
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges"],
-        "privileged": False,
-        "read_only": True,
-        "tmpfs": {"/tmp": owned, WORK_DIRECTORY: owned},
-        "shm_size": SHM_MB * 2**20,
-        "ipc_mode": "private",
-        "init": False,
-        "auto_remove": True,
-        "binds": [],
-        "log_config": docker.types.LogConfig(type="none"),  # a flood of output must not fill the daemon's disk
-        "ulimits": [
-            docker.types.Ulimit(name="core", soft=0, hard=0),
-            docker.types.Ulimit(name="nofile", soft=1024, hard=1024),
-            docker.types.Ulimit(name="fsize", soft=disk, hard=disk),
-        ],
-    }
-
-
-def connect(timeout_s: int) -> docker.DockerClient:
-    """A client of the daemon that DOCKER_HOST names; UnavailableError if none answers."""
+def refuse_daemon(daemon: Daemon, tier: str, spec: SandboxSpec) -> None:
+    """UnavailableError where the daemon cannot keep what the tier promises."""
     try:
-        with contextlib.closing(docker.from_env(timeout=PING_S)) as probe:  # asks for the daemon's version
-            return docker.from_env(timeout=timeout_s, version=probe.api.api_version)
-    except (*FAILURES, ValueError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnavailableError(
-            f"no Docker daemon answers at {os.environ.get('DOCKER_HOST') or 'the default socket'} ({cause:.300}); "
-            "start it (systemctl start docker), point DOCKER_HOST at it, or use sandbox.tier=namespace"
-        ) from error
+        problem = gvisor_problem(daemon, spec) if tier == "gvisor" else seccomp_problem(daemon)
+    except FAILURES as error:
+        raise SandboxDiedError(f"the Docker daemon at {daemon.host.shown} failed ({root_cause(error)})") from error
+    if problem is not None:
+        raise UnavailableError(f"sandbox.tier={tier} cannot be had here: {problem}")
 
 
-def docker_problem(image: str = BASE_IMAGE) -> str | None:
-    """Why Docker boxes of this image cannot be had here, with the mend; None if they can."""
+def docker_problem(image: str = BASE_IMAGE, host: DockerHost | None = None, tier: str = "docker") -> str | None:
+    """Why boxes of this tier and image cannot be had here, with the mend; None if they can. gVisor is believed when a
+    box of it has run: where its platform does not work, the daemon knows nothing of it."""
     try:
-        with contextlib.closing(connect(PING_S)) as client:
-            return None if _has_image(client, image) else _missing(image)
-    except UnavailableError as error:
+        daemon = connect(host)
+        spec = SandboxSpec(image=image)
+        problem = gvisor_problem(daemon, spec) if tier == "gvisor" else seccomp_problem(daemon)
+        if problem is None and not daemon.has_image(image):
+            problem = missing(image, daemon)
+        key = (os.getpid(), daemon.host)
+        if problem is None and tier == "gvisor" and key not in TRIED:
+            with DockerSandbox(spec, daemon.host, tier) as box:
+                box.ping()
+            TRIED.add(key)
+    except (InputError, SandboxError) as error:
         return str(error)
     except FAILURES as error:
-        return f"the Docker daemon failed: {error}"
-
-
-def has_image(image: str) -> bool:
-    """Whether the daemon holds the image; UnavailableError without a daemon."""
-    with contextlib.closing(connect(CALL_S)) as client:
-        return _has_image(client, image)
-
-
-def daemon_architecture() -> str:
-    """What the daemon's machine is, in Docker's words: "amd64", "arm64"."""
-    with contextlib.closing(connect(CALL_S)) as client:
-        return str(client.version().get("Arch", ""))
-
-
-def import_image(chunks: Iterator[bytes], image: str, labels: Mapping[str, str]) -> None:
-    """Makes an image of a tar stream. The tag appears when all of it has arrived, or not at all."""
-    repository, _, tag = image.rpartition(":")
-    changes = [f"LABEL {key}={value}" for key, value in labels.items()]
-    with contextlib.closing(connect(600)) as client:
-        old = client.api.inspect_image(image)["Id"] if _has_image(client, image) else None
-        try:
-            answer = client.api.import_image_from_stream(chunks, repository, tag, changes)
-        except FAILURES as error:
-            raise SandboxError(f"the Docker daemon did not take the image {image}: {error}") from error
-        if not _has_image(client, image):
-            raise SandboxError(f"the Docker daemon did not make the image {image}: {answer!s:.500}")
-        if old:
-            with contextlib.suppress(docker.errors.APIError):  # it has another name, or a box still runs on it
-                client.api.remove_image(old)
-
-
-def _has_image(client: docker.DockerClient, image: str) -> bool:
-    try:
-        client.api.inspect_image(image)
-    except docker.errors.ImageNotFound:
-        return False
-    return True
-
-
-def _missing(image: str) -> str:
-    if image == BASE_IMAGE:
-        return f"the image {image} is not built yet; build it with: {BUILD}"
-    return f"the image {image} is not on this machine; build or pull it (the base image is built with: {BUILD})"
-
-
-def _start_error(name: str, spec: SandboxSpec, error: Exception) -> SandboxError | UnavailableError:
-    if isinstance(error, docker.errors.ImageNotFound):
-        return UnavailableError(_missing(spec.image))
-    if "executable file not found" in str(error) or "no such file or directory" in str(error):
-        return UnavailableError(
-            f"the image {spec.image} has no python3 in its PATH, which a box needs (3.9 or newer); add it to the image"
-        )
-    if isinstance(error, docker.errors.APIError):
-        return SandboxError(f"container {name} cannot be started: {error.explanation or error}")
-    return SandboxDiedError(f"container {name} cannot be started: the Docker daemon failed ({error})")
+        return f"the Docker daemon failed: {root_cause(error)}"
+    return problem

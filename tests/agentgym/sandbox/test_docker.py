@@ -14,7 +14,9 @@ import pytest
 
 from agentgym.errors import SandboxError, UnavailableError
 from agentgym.sandbox import BASE_IMAGE, SandboxSpec, open_sandbox
-from agentgym.sandbox.docker import DockerSandbox, docker_problem, has_image, import_image
+from agentgym.sandbox.docker import DockerSandbox, docker_problem
+from agentgym.sandbox.images import has_image, import_image
+from agentgym.sandbox.lease import owner
 
 pytestmark = pytest.mark.docker
 
@@ -27,7 +29,7 @@ def client() -> Iterator[docker.DockerClient]:
 
 
 def ours(client: docker.DockerClient) -> list[str]:
-    found = client.api.containers(all=True, filters={"label": f"agentgym.owner={os.getpid()}"})
+    found = client.api.containers(all=True, filters={"label": f"agentgym.owner={owner().owner_id}"})
     return [container["Names"][0] for container in found]
 
 
@@ -71,7 +73,7 @@ def test_the_daemon_is_told_every_limit(client: docker.DockerClient) -> None:
         assert host["Init"] is False
         assert config["User"] == "10001:10001"
         assert config["StdinOnce"]
-        assert config["Labels"]["agentgym.owner"] == str(os.getpid())
+        assert config["Labels"]["agentgym.owner"] == owner().owner_id
         assert config["Labels"]["agentgym.box"] == box.name
         assert box.exec("grep Seccomp: /proc/self/status").stdout.split() == [b"Seccomp:", b"2"]
         assert ours(client) == [f"/{box.name}"]
@@ -119,7 +121,7 @@ def test_a_container_removed_by_others_is_a_dead_box(client: docker.DockerClient
 def test_no_daemon_is_said_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
     with silent:
-        for address in ("unix:///nonexistent/docker.sock", f"tcp://127.0.0.1:{silent.getsockname()[1]}", "nonsense"):
+        for address in ("unix:///nonexistent/docker.sock", f"tcp://127.0.0.1:{silent.getsockname()[1]}"):
             monkeypatch.setenv("DOCKER_HOST", address)
             started = time.monotonic()
             with pytest.raises(UnavailableError, match=r"no Docker daemon answers.*sandbox\.tier=namespace"):
