@@ -2,6 +2,10 @@
 Must never know what runs in them.
 
 Where it may not (an ordinary user without delegation), `Cgroup.create` gives None and rlimits have to do.
+
+Moving another process into a cgroup makes the kernel wait for all processors to pass a quiet point, 8 to 15 ms here. A
+single thread that moves *itself* waits for nothing, but only version 1 knows that (`tasks`); so there a box is born in
+its cgroups, and in version 2 its first process is moved while it starts.
 """
 
 from __future__ import annotations
@@ -9,14 +13,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from agentgym.errors import SandboxError
 from agentgym.sandbox.spec import SandboxSpec
 
 ROOT = Path("/sys/fs/cgroup")
-ABANDONED_S = 60.0
 CPU_PERIOD_US = 100_000
+LEAVING_S = 2.0  # how long the last processes may take to leave
 
 
 class Cgroup:
@@ -25,19 +30,24 @@ class Cgroup:
     Example: `Cgroup.create("agentgym-1a2b", SandboxSpec()).limits == {"memory": "cgroup v2", "pids": "cgroup v2"}`.
     """
 
-    def __init__(self, folders: list[Path], limits: dict[str, str]) -> None:
+    def __init__(self, folders: list[Path], limits: dict[str, str], *, joined_by_itself: bool) -> None:
         self._folders = folders
+        self._joined_by_itself = joined_by_itself
         self.limits = limits
 
     @classmethod
     def create(cls, name: str, spec: SandboxSpec) -> Cgroup | None:
         """Makes what can be made; None if neither memory nor processes can be limited."""
-        remove_abandoned()
         unified = (ROOT / "cgroup.controllers").exists()
         folders, limits = _version_2(name, spec) if unified else _version_1(name, spec)
         if not limits:
             return None
-        return cls(folders, limits)
+        return cls(folders, limits, joined_by_itself=not unified)
+
+    @property
+    def entrances(self) -> list[str]:
+        """The files to which a process of one thread writes 0 to go in; [] if it has to be moved by `add`."""
+        return [str(folder / "tasks") for folder in self._folders] if self._joined_by_itself else []
 
     def add(self, pid: int) -> None:
         """Moves a process in; what it forks from then on is in too."""
@@ -49,17 +59,45 @@ class Cgroup:
             raise SandboxError(f"a box cannot be moved into its cgroup {error.filename}: {error.strerror}") from error
 
     def remove(self) -> None:
-        """Takes the empty cgroups away. Retries, because the last processes take a moment to leave."""
-        for folder in self._folders:
-            for attempt in range(60):
-                try:
-                    folder.rmdir()
-                except FileNotFoundError:
+        """Takes the empty cgroups away."""
+        _remove(self._folders)
+
+
+def remove_cgroups(names: Iterable[str]) -> list[str]:
+    """Takes the cgroups of these boxes away, wherever this process could have made them; the names of those that are
+    left, because something still runs in them."""
+    parents = _parents()
+    left: list[str] = []
+    for name in names:
+        folders = [parent / name for parent in parents if (parent / name).is_dir()]
+        _remove(folders)
+        if any(folder.is_dir() for folder in folders):
+            left.append(name)
+    return left
+
+
+def cgroup_names(prefix: str = "agentgym-") -> list[str]:
+    """The boxes that have a cgroup where this process would make one, its own and those of others."""
+    return sorted({folder.name for parent in _parents() for folder in parent.glob(f"{prefix}*")})
+
+
+def _remove(folders: list[Path]) -> None:
+    """Retries, because the last processes take a moment to leave."""
+    until = time.monotonic() + LEAVING_S
+    for folder in folders:
+        pause_s = 0.0005
+        while True:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                break
+            except OSError:
+                if time.monotonic() >= until:
                     break
-                except OSError:
-                    time.sleep(0.001 * attempt)
-                else:
-                    break
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+            else:
+                break
 
 
 def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
@@ -68,9 +106,7 @@ def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
         "pids": {"pids.max": str(spec.pids)},
         "cpus": {"cpu.max": f"{int(spec.cpus * CPU_PERIOD_US)} {CPU_PERIOD_US}"},
     }
-    own = ROOT / _own_cgroups().get("", "/").lstrip("/")
-    # processes may live only in leaves, so a child of our own cgroup gets controllers only if that is a root
-    for parent in dict.fromkeys((own, own.parent if own != ROOT else ROOT)):
+    for parent in _version_2_parents():
         for controller in ("memory", "pids", "cpu"):
             with contextlib.suppress(OSError):
                 (parent / "cgroup.subtree_control").write_text(f"+{controller}")
@@ -86,11 +122,17 @@ def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
     return [], {}
 
 
+def _version_2_parents() -> list[Path]:
+    """Processes may live only in leaves, so a child of our own cgroup gets controllers only if that is a root."""
+    own = ROOT / _own_cgroups().get("", "/").lstrip("/")
+    return list(dict.fromkeys((own, own.parent if own != ROOT else ROOT)))
+
+
 def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
     memory = str(spec.memory_mb * 2**20)
     settings = {
         "memory": ("memory", {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}),
-        "pids": ("pids", {"pids.max": str(spec.pids)}),
+        "pids": ("pids", {"pids.max": str(spec.pids + 1)}),  # one more: bubblewrap itself was born in it
         "cpus": (
             "cpu",
             {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": str(int(spec.cpus * CPU_PERIOD_US))},
@@ -100,17 +142,29 @@ def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
     limits: dict[str, str] = {}
     own = _own_cgroups()
     for kind, (controller, files) in settings.items():
-        folder = ROOT / controller / own.get(controller, "/").lstrip("/") / name
+        folder = _version_1_parent(own, controller) / name
         try:
             folder.mkdir()
         except OSError:
             continue
-        if _write(folder, files):
+        if _write(folder, files) and os.access(folder / "tasks", os.W_OK):
             folders.append(folder)
             limits[kind] = "cgroup v1"
         else:
             folder.rmdir()
     return folders, limits
+
+
+def _version_1_parent(own: dict[str, str], controller: str) -> Path:
+    return ROOT / controller / own.get(controller, "/").lstrip("/")
+
+
+def _parents() -> list[Path]:
+    """Where the cgroups of boxes are."""
+    if (ROOT / "cgroup.controllers").exists():
+        return _version_2_parents()
+    own = _own_cgroups()
+    return [_version_1_parent(own, controller) for controller in ("memory", "pids", "cpu")]
 
 
 def _write(folder: Path, files: dict[str, str]) -> bool:
@@ -134,17 +188,3 @@ def _own_cgroups() -> dict[str, str]:
         _, controllers, path = line.split(":", 2)
         found.update(dict.fromkeys(controllers.split(","), path))
     return found
-
-
-def remove_abandoned() -> None:
-    """Takes away the empty cgroups of owners that were killed; those in use cannot be removed."""
-    own = _own_cgroups()
-    parents = {ROOT / own.get("", "/").lstrip("/")}
-    parents |= {ROOT / controller / own.get(controller, "/").lstrip("/") for controller in ("memory", "pids", "cpu")}
-    for parent in parents | {parent.parent for parent in parents if parent != ROOT}:
-        for folder in parent.glob("agentgym-*"):
-            owner = folder.name.split("-")[1]
-            if owner.isdigit() and not Path("/proc", owner).exists():
-                with contextlib.suppress(OSError):
-                    if time.time() - folder.stat().st_mtime > ABANDONED_S:  # its owner may be in another container
-                        folder.rmdir()

@@ -2,42 +2,46 @@
 start, read-only, and nothing else of the host; no home, no network, no other process.
 
 A root owner starts it as an unprivileged user of the host, so that even a hole in the user namespace leads to nobody.
-The thread that starts bubblewrap lives as long as the box: `--die-with-parent` follows the starting *thread*, and the
-rollout's threads come and go.
+Behind the namespaces stand a filter of system calls, Landlock, and cgroups or rlimits, each where the kernel has it;
+`limits` says which.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import logging
 import os
 import platform
-import secrets
-import select
-import shutil
-import signal
 import socket
+import stat
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import cgroup
+from agentgym.errors import SandboxDiedError, UnavailableError
+from agentgym.sandbox import cgroup, seccomp
 from agentgym.sandbox.box import WorkerSandbox
+from agentgym.sandbox.bubblewrap import (
+    MEND,
+    BubblewrapProcess,
+    abilities,
+    find_bubblewrap,
+    identity,
+    setpriv,
+    start_error,
+)
+from agentgym.sandbox.lease import owner
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.spec import BOX_UID, WORK_DIRECTORY, SandboxSpec
-from agentgym.sandbox.worker_client import START_S, boot_command
-
-logger = logging.getLogger(__name__)
+from agentgym.sandbox.worker_client import boot_command
 
 NEEDED_MODULES = "ast, ctypes, decimal, fractions, json, math, random, statistics, traceback"
-HOST_FILES = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime")
+HOST_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/nix/store")
 SYSTEM_FOLDERS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+WRITABLE_FOLDERS = ("/tmp", "/dev/shm", WORK_DIRECTORY)
+# what everybody may read in the host's /proc and a container's default hides, and the addresses of the kernel
+MASKED = ("acpi", "asound", "interrupts", "kallsyms", "kcore", "keys", "latency_stats", "sched_debug", "scsi")
 ISOLATION = (
     "--unshare-all",
     "--unshare-user",
@@ -47,122 +51,58 @@ ISOLATION = (
     "--cap-drop",
     "ALL",
 )
-MEND = "install it (apt-get install bubblewrap) or use sandbox.tier=docker"
 
 
 class NamespaceSandbox(WorkerSandbox):
     """One bubblewrap box. `NamespaceSandbox(SandboxSpec())` starts it."""
 
     def __init__(self, spec: SandboxSpec) -> None:
+        if spec.relaxations:
+            raise UnavailableError(
+                f"sandbox.tier=namespace cannot give {' and '.join(spec.relaxations)}: its boxes are always hardened; "
+                "use sandbox.tier=docker"
+            )
         bwrap = find_bubblewrap()
         python, prefix = find_python()
-        name = f"agentgym-{os.getpid()}-{secrets.token_hex(4)}"
-        self._cgroup = cgroup.Cgroup.create(name, spec)
-        limits = dict(self._cgroup.limits) if self._cgroup else {}
-        rlimits = _rlimits(spec, limits)
-        ours, theirs = socket.socketpair()
-        self._process = BubblewrapProcess(_command(bwrap, spec, python, prefix), theirs, _host_uid())
-        super().__init__("namespace", name, spec, SocketChannel(ours, self._process.epitaph), limits)
-        try:
-            self._process.start()
-            pid = self._process.worker_pid()
-            if self._cgroup:  # nothing of the box has run yet: the worker itself is sent after this
-                self._cgroup.add(pid)
-            self._boot(rlimits)
-        except BaseException as error:
-            self.close()
-            if isinstance(error, SandboxDiedError) and "bwrap: " in self._process.epitaph():
-                raise _start_error(self._process.epitaph()) from error
-            raise
+        uid = _host_uid(spec.uid)
+        with contextlib.ExitStack() as undo:
+            name = owner().new_name("namespace", spec)
+            undo.callback(owner().forget, name)
+            made = cgroup.Cgroup.create(name, spec)
+            if made:
+                undo.callback(made.remove)
+            entrances = made.entrances if made and (uid is None or setpriv()) else []
+            limits = _limits(spec, made.limits if made else {}, bwrap)
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            process = BubblewrapProcess(
+                [bwrap, *_options(bwrap, spec, python, prefix)],
+                theirs,
+                uid=uid,
+                entrances=entrances,
+                seccomp=seccomp.program(platform.machine()) if limits["seccomp"] == "filter" else None,
+                tell_pid=made is not None and not entrances,
+            )
+            undo.callback(process.end)
+            super().__init__("namespace", name, spec, SocketChannel(ours, process.epitaph), limits)
+            undo.callback(self._client.close)
+            try:
+                process.start()
+                if made and not entrances:  # nothing of the box has run yet: the worker itself is sent after this
+                    made.add(process.worker_pid())
+                rlimits = _rlimits(spec, limits)
+                modules = {"worker_landlock": _landlock(spec, prefix)}
+                applied = self._boot(rlimits, compiled_for=python, modules=modules)
+            except SandboxDiedError as error:
+                if process.refused():
+                    raise start_error(process.epitaph()) from error
+                raise
+            self.limits = {**limits, "landlock": str(applied["worker_landlock"])}
+            owner().keep(name, self._client.renew, spec.lease_s)
+            self._undo = undo.pop_all()
 
     def _end(self) -> None:
-        self._process.end()
-        if self._cgroup:
-            self._cgroup.remove()
-
-
-class BubblewrapProcess:
-    """One bubblewrap, its keeper thread and its complaints."""
-
-    def __init__(self, command: list[str], streams: socket.socket, uid: int | None) -> None:
-        self._command = command
-        self._streams = streams
-        self._uid = uid
-        self._info_read, self._info_write = os.pipe()
-        self._started = threading.Event()
-        self._failure: OSError | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._complaint = b""
-        self._thread = threading.Thread(target=self._keep, name="agentgym-box", daemon=True)
-
-    def start(self) -> None:
-        """Returns when bubblewrap was started."""
-        self._thread.start()
-        self._started.wait()
-        if self._failure:
-            raise SandboxError(f"bubblewrap cannot be started: {self._failure}") from self._failure
-
-    def _keep(self) -> None:
-        command = [*self._command[:1], "--info-fd", str(self._info_write), *self._command[1:]]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=self._streams.fileno(),
-                stdout=self._streams.fileno(),
-                stderr=subprocess.PIPE,
-                pass_fds=(self._info_write,),
-                env={},
-                cwd="/",
-                start_new_session=True,
-                user=self._uid,
-                group=self._uid,
-                extra_groups=None if self._uid is None else (),
-            )
-        except OSError as error:
-            self._failure = error
-            return
-        finally:
-            self._streams.close()
-            os.close(self._info_write)
-            if self._process is None and self._failure:
-                self._started.set()
-        self._process = process
-        self._started.set()
-        assert process.stderr is not None
-        with process.stderr:
-            for chunk in iter(functools.partial(os.read, process.stderr.fileno(), 4096), b""):
-                self._complaint = (self._complaint + chunk)[-4096:]
-        process.wait()
-
-    def worker_pid(self) -> int:
-        """The worker's process, as the host counts it."""
-        text, until = b"", time.monotonic() + START_S
-        while not text.rstrip().endswith(b"}"):
-            if not select.select([self._info_read], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise SandboxError(f"bubblewrap did not start within {START_S:g} s")
-            chunk = os.read(self._info_read, 4096)
-            if not chunk:
-                raise _start_error(self.epitaph())
-            text += chunk
-        return int(json.loads(text)["child-pid"])
-
-    def epitaph(self) -> str:
-        """How it ended, with what bubblewrap said."""
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(1.0)
-        code = self._process.poll() if self._process else None
-        said = self._complaint.decode(errors="replace").strip()
-        return f"bubblewrap ended with code {code}{': ' if said else ''}{said}"
-
-    def end(self) -> None:
-        """Kills it and with it everything in the box; returns when it is gone."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
-            self._thread.join(10.0)
-        if self._info_read >= 0:
-            os.close(self._info_read)
-            self._info_read = -1
+        self._undo.close()
 
 
 def namespace_problem() -> str | None:
@@ -172,46 +112,24 @@ def namespace_problem() -> str | None:
         find_python()
     except UnavailableError as error:
         return str(error)
-    uid = _host_uid()
-    trial = [bwrap, *ISOLATION, "--ro-bind", "/usr", "/usr", *_links()]
+    prefix, user = identity(_host_uid(BOX_UID))
+    trial = [*prefix, bwrap, *ISOLATION, "--ro-bind", "/usr", "/usr", *_links(), "--proc", "/proc", "--dev", "/dev"]
     try:
         done = subprocess.run(
-            [*trial, "--proc", "/proc", "--dev", "/dev", "/usr/bin/env", "true"],
+            [*trial, "/usr/bin/env", "true"],
             capture_output=True,
             env={},
             timeout=10,
             check=False,
-            user=uid,
-            group=uid,
-            extra_groups=None if uid is None else (),
+            user=user,
+            group=user,
+            extra_groups=None if user is None else (),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bubblewrap does not run: {error}; {MEND}"
     if done.returncode:
-        return str(_start_error(done.stderr.decode(errors="replace").strip()))
+        return str(start_error(done.stderr.decode(errors="replace").strip()))
     return None
-
-
-def _start_error(said: str) -> UnavailableError:
-    return UnavailableError(
-        f"bubblewrap cannot make a box here ({said}); allow user namespaces (sysctl user.max_user_namespaces > 0, "
-        "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container they need "
-        "its permission) or use sandbox.tier=docker"
-    )
-
-
-def find_bubblewrap() -> str:
-    """The path of bwrap."""
-    found = shutil.which("bwrap")
-    if found is None:
-        raise UnavailableError(f"bubblewrap (bwrap) is not on this machine; {MEND}")
-    return found
-
-
-@functools.cache
-def _help(bwrap: str) -> str:
-    """What this version can do (asked once; a version does not change under us)."""
-    return subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=10, check=False).stdout
 
 
 @functools.cache
@@ -239,10 +157,13 @@ def _usable(python: str) -> bool:
     return done.returncode == 0
 
 
-def _host_uid() -> int | None:
-    """As whom bubblewrap starts: None = as we are; a root owner becomes an unprivileged uid, because to root's own uid
-    too much of /proc is open, capabilities or not."""
-    return BOX_UID if os.geteuid() == 0 else None
+def _host_uid(uid: int) -> int | None:
+    """As whom bubblewrap starts: None = as we are; a root owner becomes the box's uid, because to root's own uid too
+    much of /proc is open, capabilities or not."""
+    return uid if os.geteuid() == 0 else None
+
+
+# ---------------------------------------------------------------------------------------------- what the box can see
 
 
 def _links() -> list[str]:
@@ -256,37 +177,93 @@ def _links() -> list[str]:
     return options
 
 
-def _command(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> list[str]:
-    able = _help(bwrap)
+@functools.cache
+def _masks() -> tuple[str, ...]:
+    """Empty things over what /proc tells of the host; bubblewrap itself makes /proc/sys and its like read-only."""
+    options: list[str] = []
+    for name in MASKED:
+        path = f"/proc/{name}"
+        if not os.path.exists(path) or not os.stat(path).st_mode & stat.S_IROTH:
+            continue
+        if os.path.isdir(path):
+            options += ["--tmpfs", path, "--remount-ro", path]
+        else:
+            options += ["--ro-bind", "/dev/null", path]
+    return tuple(options)
+
+
+def _options(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> list[str]:
+    able = abilities(bwrap)
     options = [*ISOLATION]
-    if "--disable-userns" in able:
-        options += ["--disable-userns"]
-    options += ["--uid", str(BOX_UID), "--gid", str(BOX_UID), "--hostname", "box", "--clearenv"]
-    options += ["--ro-bind", "/usr", "/usr", *_links(), "--perms", "0755", "--dir", "/etc"]
-    for path in (*HOST_FILES, *(["/nix/store"] if os.path.isdir("/nix/store") else [])):
-        options += ["--ro-bind-try", path, path]
-    options += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    size = ["--size", str(spec.tmpfs_mb * 2**20)] if "--size BYTES" in able else []
-    for folder in ("/tmp", "/dev/shm", WORK_DIRECTORY):
+    options += [option for option in ("--disable-userns", "--clearenv") if option in able]
+    options += ["--uid", str(spec.uid), "--gid", str(spec.uid), "--hostname", "box"]
+    options += ["--ro-bind", "/usr", "/usr", *_links(), *(["--perms", "0755"] if "--perms" in able else [])]
+    options += ["--dir", "/etc"]
+    for path in HOST_FILES:
+        if os.path.exists(path):
+            options += ["--ro-bind", path, path]
+    options += ["--proc", "/proc", *_masks(), "--dev", "/dev", "--remount-ro", "/dev"]
+    size = ["--size", str(spec.tmpfs_mb * 2**20)] if "--size" in able else []
+    for folder in (*WRITABLE_FOLDERS, *sorted(spec.folders)):
         options += [*size, "--tmpfs", folder]
     if prefix:
         options += ["--ro-bind", prefix, prefix, "--setenv", "PATH", f"{prefix}/bin:/usr/local/bin:/usr/bin:/bin"]
     options += ["--remount-ro", "/", "--chdir", WORK_DIRECTORY]
-    return [bwrap, *options, "--", *boot_command(python)]
+    return [*options, "--", *boot_command(python)]
 
 
-def _rlimits(spec: SandboxSpec, limits: dict[str, str]) -> Mapping[str, int]:
-    """What the worker limits for itself and its children; completes `limits` with what no cgroup enforces."""
-    rlimits = {"CORE": 0, "NOFILE": 1024, "FSIZE": spec.tmpfs_mb * 2**20}
-    if "memory" not in limits:
-        rlimits["AS"] = spec.memory_mb * 2**20
-        limits["memory"] = "rlimit (of each process)"
-    kernel = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2] if part.isdigit())
-    if "pids" not in limits:
+def _landlock(spec: SandboxSpec, prefix: str | None) -> dict[str, str]:
+    """The settings of worker_landlock: what may be done below which folder."""
+    read = ["/usr", "/etc", "/nix/store", *SYSTEM_FOLDERS, *([prefix] if prefix else [])]
+    write = (*WRITABLE_FOLDERS, *spec.folders)
+    return {
+        "/": "list",
+        "/proc": "device",
+        "/dev": "device",
+        **dict.fromkeys(read, "read"),
+        **dict.fromkeys(write, "write"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what holds its limits
+
+
+def _limits(spec: SandboxSpec, by_cgroup: Mapping[str, str], bwrap: str) -> dict[str, str]:
+    """What enforces each limit here; UnavailableError if nothing can keep the box from filling the host's memory."""
+    able = abilities(bwrap)
+    limits = {
+        "memory": "rlimit (of each process)",
         # since 5.14 processes are counted per user namespace; before, all of the user's processes would count
-        if kernel >= (5, 14):
-            rlimits["NPROC"] = spec.pids
-        limits["pids"] = "rlimit" if kernel >= (5, 14) else "none"
-    limits.setdefault("cpus", "none")
-    limits["disk"] = "tmpfs size"
+        "pids": "rlimit" if _kernel() >= (5, 14) else "none: this kernel counts all of a user's processes",
+        "cpus": "none: no cgroup can be made here; only the deadline of a call ends what spins",
+        "disk": "tmpfs size",
+        **by_cgroup,
+    }
+    if "--size" not in able:
+        if "memory" not in by_cgroup:
+            raise UnavailableError(
+                f"sandbox.tier=namespace cannot hold a box to sandbox.tmpfs_mb={spec.tmpfs_mb}: {bwrap} knows no "
+                "--size and no memory cgroup can be made here; install bubblewrap 0.7, or use sandbox.tier=docker"
+            )
+        limits["disk"] = f"{by_cgroup['memory']} (with the memory; each file by rlimit)"
+    if "--seccomp" not in able:
+        limits["seccomp"] = f"none: {bwrap} knows no --seccomp"
+    elif seccomp.program(platform.machine()) is None:
+        limits["seccomp"] = f"none: no table of system calls for {platform.machine()}"
+    else:
+        limits["seccomp"] = "filter"
+    return limits
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2] if part.isdigit())
+
+
+def _rlimits(spec: SandboxSpec, limits: Mapping[str, str]) -> dict[str, int]:
+    """What the worker limits for itself and its children: always the small things, and what no cgroup holds."""
+    rlimits = {"CORE": 0, "NOFILE": 1024, "FSIZE": spec.tmpfs_mb * 2**20}
+    if limits["memory"].startswith("rlimit"):
+        rlimits["AS"] = spec.memory_mb * 2**20
+    if limits["pids"] == "rlimit":
+        rlimits["NPROC"] = spec.pids
     return rlimits
