@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
-from agentgym.errors import AgentGymError, EngineDiedError, EnvError, InputError, NotNowError, ServiceError
+from agentgym.errors import AgentGymError, EngineDiedError, EngineError, EnvError, InputError, NotNowError, ServiceError
 from agentgym.policy import Completion, Policy, SamplingParams
 from agentgym.render.protocol import Renderer
 from agentgym.rollout.buffer import Discard, DiscardReason, GroupBuffer, ReadyGroup
@@ -214,7 +214,7 @@ class Collector:
                     raise self._broken
                 self._fill()
                 if not self.settings.plays:
-                    await self._policy.engine.stats()  # no episode of ours would notice that the engine died
+                    await self._check_engine()
                 if self._closed:
                     raise ServiceError("the rollout service is ending")
                 left = deadline - time.monotonic()
@@ -222,6 +222,16 @@ class Collector:
                     return None
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), left)
+
+    async def _check_engine(self) -> None:
+        """Raises EngineDiedError: no episode of ours would notice."""
+        try:
+            await self._policy.engine.stats()
+        except EngineDiedError as error:
+            self._break(error)
+            raise
+        except EngineError as error:
+            log.warning("the engine does not say how it is: %s", error)
 
     async def publish(self, update: WeightUpdate) -> PublishReport:
         """Serves new weights; the batch in training is consumed by that."""

@@ -209,6 +209,7 @@ class ScriptedEngine:
 
     async def stats(self) -> EngineStats:
         """As Engine.stats."""
+        self._check_alive()
         return EngineStats(self.policy_version, self._running, 0, self._sampled, self._prefilled, self._busy_s)
 
     async def close(self) -> None:

@@ -236,7 +236,7 @@ def test_a_result_edited_before_anyone_went_on_is_a_continuation(renderer):
     agent = begin(renderer)
     agent.ask("tick")
     agent.hear("a")
-    prompt = agent.recording.prompt(agent.messages[:-1] + [Message("user", "b")], agent.tools)
+    prompt = agent.recording.prompt([*agent.messages[:-1], Message("user", "b")], agent.tools)
     assert prompt.token_ids[: len(agent.recording.turns()[0].prompt_ids)] == agent.recording.turns()[0].prompt_ids
 
 
