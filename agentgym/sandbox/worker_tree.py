@@ -1,6 +1,6 @@
 """Writing below one folder and reading below it, never through a link. Law: names are walked one by one from an open
-folder with O_NOFOLLOW, so that a link that is there already, or appears meanwhile, leads nowhere. Standard library only,
-C modules only: this source is sent into the box; on the host, Archive writes with it."""
+folder, and each must be the folder itself, so that a link that is there already, or appears meanwhile, leads nowhere.
+Standard library only, C modules only: this source is sent into the box; on the host, Archive writes with it."""
 
 import errno
 import posix
@@ -24,7 +24,7 @@ def open_folder(root_fd, parts, make=False):
         try:
             if make:
                 make_folder(fd, part)
-            inner = posix.open(part, READ_FOLDER, dir_fd=fd)
+            inner = enter(fd, part)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise Blocked("/".join(parts[: index + 1]), "is a link or a file, where a folder should be") from None
@@ -33,6 +33,17 @@ def open_folder(root_fd, parts, make=False):
             posix.close(fd)
         fd = inner
     return fd
+
+
+def enter(fd, part):
+    """Opens the folder `part` of an open folder. gVisor follows a link there in spite of O_NOFOLLOW, so what was opened
+    must be what has the name."""
+    inner = posix.open(part, READ_FOLDER, dir_fd=fd)
+    named, opened = posix.stat(part, dir_fd=fd, follow_symlinks=False), posix.fstat(inner)
+    if (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
+        posix.close(inner)
+        raise OSError(errno.ELOOP, posix.strerror(errno.ELOOP), part)
+    return inner
 
 
 def make_folder(fd, part):
