@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from agentgym.engine.protocol import Engine, WeightUpdate
-from agentgym.errors import VersionError
+from agentgym.errors import EngineError, VersionError
 from agentgym.policy import Completion, FinishReason, OnTokens, SamplingParams, Segment
 
 _log = logging.getLogger(__name__)
@@ -38,6 +38,19 @@ class PublishReport:
     mode: PublishMode
 
 
+@dataclass(frozen=True, slots=True)
+class Publications:
+    """All publications since the start, for progress and metrics.
+
+    Example: `Publications(done=3, failed=0, pause_s=0.04, last=PublishReport(3, 0.012, 0.013, "abort"))`.
+    """
+
+    done: int
+    failed: int
+    pause_s: float  # of all together
+    last: PublishReport | None
+
+
 class VersionedPolicy:
     """A policy whose weights change while it is sampling: an engine behind the gate.
 
@@ -55,6 +68,12 @@ class VersionedPolicy:
         self._sampling = 0  # requests in the engine
         self._drained = asyncio.Event()
         self._drained.set()
+        self.publications = Publications(0, 0, 0.0, None)
+
+    @property
+    def publishing(self) -> int | None:
+        """The version for which the gate is closed now."""
+        return self._closed_for
 
     @property
     def policy_version(self) -> int:
@@ -110,7 +129,18 @@ class VersionedPolicy:
         Raises VersionError or EngineError, and then the old version goes on being served. A cancelled caller does not
         stop a publication half-way.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._publish(update, mode)))
+        return await asyncio.shield(asyncio.ensure_future(self._counted(update, mode)))
+
+    async def _counted(self, update: WeightUpdate, mode: PublishMode) -> PublishReport:
+        try:
+            report = await self._publish(update, mode)
+        except (VersionError, EngineError):
+            before = self.publications
+            self.publications = dataclasses.replace(before, failed=before.failed + 1)
+            raise
+        before = self.publications
+        self.publications = Publications(before.done + 1, before.failed, before.pause_s + report.pause_s, report)
+        return report
 
     async def _publish(self, update: WeightUpdate, mode: PublishMode) -> PublishReport:
         asked = time.perf_counter()
