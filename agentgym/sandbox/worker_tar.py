@@ -64,10 +64,11 @@ def block(entry):
 
 
 def pax_record(key, value):
-    size = len(key) + len(value) + 3
-    while len(b"%d" % (size + len(b"%d" % size))) != len(b"%d" % size):
-        size += 1
-    size += len(b"%d" % size)
+    """A record begins with its own length, whose digits count as well."""
+    base = len(key) + len(value) + 3
+    size = base + 1
+    while size != base + len(b"%d" % size):
+        size = base + len(b"%d" % size)
     return b"%d %s=%s\n" % (size, key, value)
 
 
