@@ -31,7 +31,7 @@ class Encoder:
         self.control_ids = frozenset(token["id"] for token in added) - {token["id"] for token in harmless}
         unknown = definition["model"].get("unk_token")
         self._unknown_id: int | None = self._scaffold.token_to_id(unknown) if unknown else None
-        self._size = self._scaffold.get_vocab_size(with_added_tokens=True)
+        self.size: int = self._scaffold.get_vocab_size(with_added_tokens=True)  # ids that mean something
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
@@ -60,7 +60,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of any ids; such as the tokenizer does not know are skipped."""
-        return self._scaffold.decode([i for i in ids if 0 <= i < self._size], skip_special_tokens=False)
+        return self._scaffold.decode([i for i in ids if 0 <= i < self.size], skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         return self._scaffold.token_to_id(token)

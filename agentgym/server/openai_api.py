@@ -1,211 +1,234 @@
-"""The OpenAI surface, first form: models and chat completions, not streamed.
-
-Law: a parameter is honoured or refused by name; none is accepted and ignored, except labels (`user`, `metadata`) that
-never change an answer. Tokens are sampled from the whole distribution, so only top_p = 1 is exact and allowed.
-"""
+"""The OpenAI surface: models, chat completions, plain completions. Law: a request is checked whole before anything is
+sampled for it; what samples knows no dialect, and another surface can stand beside this one."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
 
-from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
-from agentgym.errors import InputError, UnknownNameError
-from agentgym.messages import Message, ToolSpec
-from agentgym.server.service import Reply, RolloutService
+from agentgym.errors import UnknownNameError
+from agentgym.messages import ToolSpec
+from agentgym.server import openai_stream
+from agentgym.server.keys import ACTOR, Principal
+from agentgym.server.openai_answers import Answer, ChatAnswer, CompletionAnswer
+from agentgym.server.openai_errors import ForbiddenError, ParameterError, UnknownModelError
+from agentgym.server.openai_requests import ChatRequest, CompletionRequest, SampledRequest, check_vocabulary
+from agentgym.server.replies import Conversation, Exchange, Question, Replies, Reply, Sampling, Tell, encode_text
+from agentgym.server.visit import Visit
 
-MAX_TEMPERATURE = 2.0
-
-
-class ChatRequest(BaseModel):
-    """OpenAI's request body. Fields that are refused unless neutral are here to be refused by name."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    model: str
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    temperature: float | None = Field(default=None, ge=0.0, le=MAX_TEMPERATURE)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
-    logprobs: bool | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    # ours
-    return_token_ids: bool = False
-    return_policy_versions: bool = False
-    # only the neutral value
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
-    stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-
-    def check(self) -> None:
-        """Raises InputError for a parameter that this server cannot honour."""
-        neutral: dict[str, tuple[Any, ...]] = {
-            "n": (1,),
-            "stream": (False,),
-            "stream_options": (),
-            "top_p": (1.0,),
-            "top_logprobs": (0,),
-            "stop": ([], ""),
-            "presence_penalty": (0.0,),
-            "frequency_penalty": (0.0,),
-            "logit_bias": ({},),
-            "response_format": ({"type": "text"},),
-            "parallel_tool_calls": (True,),
-        }
-        for name, allowed in neutral.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                only = f"leave it out or send {allowed[0]!r}" if allowed else "leave it out"
-                raise ParameterError(name, f"{name}={value!r} is not supported here; {only}")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ParameterError("max_tokens", "max_tokens and max_completion_tokens differ; send one of them")
+ConversationOf = Callable[[Principal, str | None], Conversation]
+"""(who asks, the session that the path names) -> what its chat requests are part of. Raises InputError and its kin."""
 
 
-class ParameterError(InputError):
-    """A request parameter that is refused; `param` is its name."""
+class ErrorObject(BaseModel):
+    """OpenAI's error object."""
 
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class UnknownModelError(UnknownNameError):
-    """A model that is not served here."""
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-def openai_router(service: RolloutService) -> APIRouter:
+class ErrorAnswer(BaseModel):
+    """The body of every status from 400 on."""
+
+    error: ErrorObject
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "the request is refused, by the name of what was wrong"},
+    "5XX": {"model": ErrorAnswer, "description": "the server's failure"},
+}
+_SAMPLED = ERRORS | {200: {"description": "the replies", "content": {openai_stream.MEDIA_TYPE: {}}}}
+
+
+class StrictJson(APIRoute):
+    """Reads bodies as strict JSON: no NaN, no lone surrogates, no numbers that nothing can hold, no nesting without
+    end; and only where the caller says that it is JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(_StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+class _StrictRequest(Request):
+    async def body(self) -> bytes:
+        body = await super().body()
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if body and kind != "application/json":
+            raise HTTPException(415, "the body must be JSON, with the header 'Content-Type: application/json'")
+        return body
+
+    async def json(self) -> Any:
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            why = str(error)
+        except RecursionError:
+            why = "nested too deeply"
+        problem = {"type": "json_invalid", "loc": ("body",), "msg": why, "input": None, "ctx": {"error": why}}
+        raise RequestValidationError([problem])
+
+
+class OpenAiSurface:
     """The routes under `/v1`."""
-    router = APIRouter(prefix="/v1")
-    created = int(time.time())
 
-    @router.get("/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service, created)]}
+    def __init__(self, model: str, vocab_size: int, replies: Replies, conversation_of: ConversationOf) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self._replies = replies
+        self._conversation_of = conversation_of
+        self._created = int(time.time())
 
-    @router.get("/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        _check_model(service, name)
-        return _model(service, created)
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix="/v1", route_class=StrictJson)
+        for prefix in ("", "/sessions/{session_id}"):  # a session's base URL has the routes of the bare one
+            router.get(f"{prefix}/models", responses=ERRORS)(self.models)
+            router.get(f"{prefix}/models/{{name:path}}", responses=ERRORS)(self.one_model)
+        options: dict[str, Any] = {"responses": _SAMPLED, "response_model": None, "response_class": Response}
+        router.post("/chat/completions", **options)(self.chat)
+        router.post("/sessions/{session_id}/chat/completions", **options)(self.chat_in_session)
+        router.post("/completions", **options)(self.complete)
+        return router
 
-    @router.post("/chat/completions")
-    async def chat(request: ChatRequest) -> dict[str, Any]:
-        _check_model(service, request.model)
-        request.check()
-        messages = _read_messages(request.messages)
-        tools = [] if request.tool_choice == "none" else _read_tools(request.tools or [])
-        reply = await service.reply(
-            messages,
-            tools,
-            request.max_completion_tokens or request.max_tokens,
-            1.0 if request.temperature is None else request.temperature,
-            None if request.seed is None else request.seed % 2**64,
+    # ---------------------------------------------------------------------------------------------------- handlers
+
+    async def models(self) -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def one_model(self, name: str) -> dict[str, Any]:
+        """The card of the model, if that is its name."""
+        self._check_model(name)
+        return self._card()
+
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        """The next message of a conversation."""
+        return await self._chat(request, body, None)
+
+    async def chat_in_session(self, request: Request, body: ChatRequest, session_id: str) -> Response:
+        """The next message of a recorded session's conversation."""
+        return await self._chat(request, body, session_id)
+
+    async def complete(self, request: Request, body: CompletionRequest) -> Response:
+        """What follows a prompt of text or token ids."""
+        visit: Visit = request.state.visit
+        if visit.principal != ACTOR:
+            raise ForbiddenError("a session records chat completions; plain ones need the acting key")
+        sampling = self._check(body)
+        prompt = body.read_prompt()
+        if isinstance(prompt, str):
+            prompt_ids = await encode_text(self._replies.renderer, prompt)
+        else:
+            check_vocabulary("prompt", prompt, self._vocab_size)
+            prompt_ids = prompt
+        self._replies.plan(prompt_ids, sampling, None)
+        answer = CompletionAnswer(body, self._replies.renderer.encoder.decode)
+
+        async def sample(tell: Tell | None) -> Sequence[Reply]:
+            replies = await self._replies.sample(prompt_ids, (), sampling, tell=tell)
+            return _counted(visit, replies)
+
+        return await self._answer(visit, body, answer, prompt_ids, sampling, sample)
+
+    async def _chat(self, request: Request, body: ChatRequest, session_id: str | None) -> Response:
+        visit: Visit = request.state.visit
+        assert visit.principal is not None
+        sampling = self._check(body)
+        messages, tools = body.read_messages(), body.read_tools()
+        conversation = self._conversation_of(visit.principal, session_id)
+        visit.session_id = conversation.session_id
+        retry_key = request.headers.get("idempotency-key")
+        retry_count = request.headers.get("x-stainless-retry-count", "")
+        retries = int(retry_count) if retry_count.isascii() and retry_count.isdigit() and len(retry_count) < 10 else 0
+        question = Question(messages, tools, sampling, retry_key, retries)
+        exchange = await visit.after.enter_async_context(conversation.ask(question))
+        visit.when_sent.append(exchange.deliver)
+        answer = ChatAnswer(body, self._replies.renderer.encoder.decode, lambda: self._replies.content_stream(tools))
+        if exchange.known:
+            return self._retell(body, answer, exchange.known)
+        self._replies.plan(exchange.prompt_ids, sampling, visit.session_id)
+
+        async def sample(tell: Tell | None) -> Sequence[Reply]:
+            return await self._exchange(visit, exchange, tools, sampling, tell)
+
+        return await self._answer(visit, body, answer, exchange.prompt_ids, sampling, sample)
+
+    # ------------------------------------------------------------------------------------------------------- parts
+
+    async def _exchange(
+        self, visit: Visit, exchange: Exchange, tools: Sequence[ToolSpec], sampling: Sampling, tell: Tell | None
+    ) -> Sequence[Reply]:
+        replies = await self._replies.sample(
+            exchange.prompt_ids, tools, sampling, session_id=visit.session_id, tell=tell
         )
-        return _completion(service, request, reply)
+        exchange.record(replies)
+        return _counted(visit, replies)
 
-    return router
+    async def _answer(
+        self,
+        visit: Visit,
+        body: SampledRequest,
+        answer: Answer,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        sample: Callable[[Tell | None], Coroutine[Any, Any, Sequence[Reply]]],
+    ) -> Response:
+        if not body.stream:
+            return _json(answer.whole(await sample(None)))
+        stream = openai_stream.ReplyStream.begin(visit, sample)
+        return _stream(openai_stream.events(visit, answer, prompt_ids, sampling.n, body.wants_usage, stream))
 
+    def _retell(self, body: SampledRequest, answer: Answer, replies: Sequence[Reply]) -> Response:
+        if not body.stream:
+            return _json(answer.whole(replies))
+        return _stream(openai_stream.retold(answer, replies, body.wants_usage))
 
-def _check_model(service: RolloutService, name: str) -> None:
-    if name != service.model_name:
-        raise UnknownModelError(str(UnknownNameError.of("model", name, [service.model_name])))
+    def _check(self, body: SampledRequest) -> Sampling:
+        self._check_model(body.model)
+        body.check()
+        check_vocabulary("stop_token_ids", body.stop_token_ids or [], self._vocab_size)
+        if body.timeout_s is not None and body.timeout_s > self._replies.max_request_s:
+            raise ParameterError("timeout_s", f"timeout_s may be at most {self._replies.max_request_s:g} here")
+        return body.sampling()
 
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            raise UnknownModelError(str(UnknownNameError.of("model", name[:200], [self._model])))
 
-def _model(service: RolloutService, created: int) -> dict[str, Any]:
-    return {
-        "id": service.model_name,
-        "object": "model",
-        "created": created,
-        "owned_by": "agentgym",
-        "max_model_len": service.max_context,
-        "policy_version": service.policy.policy_version,
-    }
-
-
-def _read_messages(values: list[dict[str, Any]]) -> list[Message]:
-    messages = []
-    for index, value in enumerate(values):
-        try:
-            messages.append(Message.from_openai(value))
-        except InputError as error:
-            raise ParameterError(f"messages[{index}]", str(error)) from error
-    if messages[-1].role == "assistant":
-        raise ParameterError("messages", "the last message must not be the assistant's: a reply is what is asked for")
-    return messages
-
-
-def _read_tools(values: list[dict[str, Any]]) -> list[ToolSpec]:
-    tools = []
-    for index, value in enumerate(values):
-        try:
-            tools.append(ToolSpec.from_openai(value))
-        except InputError as error:
-            raise ParameterError(f"tools[{index}]", str(error)) from error
-    return tools
-
-
-def _completion(service: RolloutService, request: ChatRequest, reply: Reply) -> dict[str, Any]:
-    completion = reply.completion
-    message = _message(reply.message)
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": message,
-        "finish_reason": "tool_calls" if "tool_calls" in message else completion.finish_reason,
-        "logprobs": _logprobs(service, reply) if request.logprobs else None,
-    }
-    if request.return_token_ids:
-        choice["token_ids"] = completion.token_ids
-    if request.return_policy_versions:
-        choice["policy_versions"] = completion.policy_versions
-        choice["kv_versions"] = completion.kv_versions
-    num_prompt, num_sampled = len(reply.prompt_ids), len(completion.token_ids)
-    body: dict[str, Any] = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": service.model_name,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_sampled,
-            "total_tokens": num_prompt + num_sampled,
-        },
-    }
-    if request.return_token_ids:
-        body["prompt_token_ids"] = reply.prompt_ids
-    return body
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "agentgym",
+            "max_model_len": self._replies.max_context,
+            "policy_version": self._replies.policy_version,
+        }
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """As OpenAI's clients read it. A call that could not be read has no name to call: it is shown as what it is, text.
-    Call ids are made unique, because a client's history holds the calls of many replies."""
-    readable = [call for call in message.tool_calls if call.name]
-    unreadable = [call.arguments for call in message.tool_calls if not call.name]
-    content = "".join([message.content, *unreadable])
-    value: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if readable:
-        value["content"] = content or None
-        value["tool_calls"] = [call.to_openai() | {"id": f"call_{uuid.uuid4().hex[:24]}"} for call in readable]
-    return value
+def _counted(visit: Visit, replies: Sequence[Reply]) -> Sequence[Reply]:
+    visit.prompt_tokens = len(replies[0].prompt_ids)
+    visit.sampled_tokens = sum(len(reply.completion.token_ids) for reply in replies)
+    return replies
 
 
-def _logprobs(service: RolloutService, reply: Reply) -> dict[str, Any]:
-    content = []
-    for token_id, logprob in zip(reply.completion.token_ids, reply.completion.logprobs, strict=True):
-        text = service.renderer.encoder.decode([token_id])
-        content.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
-    return {"content": content, "refusal": None}
+def _json(value: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _stream(events: AsyncIterator[bytes]) -> Response:
+    return StreamingResponse(events, media_type=openai_stream.MEDIA_TYPE, headers=openai_stream.HEADERS)

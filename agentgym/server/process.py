@@ -25,8 +25,10 @@ import uvicorn
 
 from agentgym.errors import AgentGymError, InputError, UnavailableError
 from agentgym.server import wire
-from agentgym.server.app import Keys, create_app
+from agentgym.server.app import create_app
+from agentgym.server.door import Door, Limits
 from agentgym.server.engines import start_engine
+from agentgym.server.keys import Keyring, Keys
 from agentgym.server.service import EngineFactory, RolloutService
 from agentgym.server.settings import ServerSection, ServiceConfig
 
@@ -120,10 +122,10 @@ async def _run(
             return 0
         service = starting.result()
         try:
-            app = create_app(service, keys, stopping.set, config.server.max_body_mb * 2**20)
+            app = create_app(service, Keyring(keys), stopping.set, Limits.of(config.server))
             where = Listening(url(listener, config.server), keys)
             stopped.add_done_callback(lambda _: service.collector.end_waiting())
-            await serve_http(app, listener, lambda: announce(where), stopped)
+            await serve_http(app, listener, lambda: announce(where), stopped, config.server.drain_s)
         finally:
             log.info("ending: episodes, environments, engine")
             stopped.cancel()
@@ -147,9 +149,10 @@ class _Server(uvicorn.Server):
 
 
 async def serve_http(
-    app: object, listener: socket.socket, announce: Callable[[], None], stopped: asyncio.Future[Any]
+    app: Door, listener: socket.socket, announce: Callable[[], None], stopped: asyncio.Future[Any], drain_s: float
 ) -> None:
-    """Serves `app` on `listener` until `stopped` is done; calls `announce` once it answers."""
+    """Serves `app` on `listener` until `stopped` is done and what runs then has ended, or `drain_s` is over; calls
+    `announce` once it answers."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
@@ -160,6 +163,8 @@ async def serve_http(
     if not serving.done():
         announce()
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await app.drain(drain_s)
         server.should_exit = True
     await serving
 

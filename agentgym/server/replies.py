@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
+from agentgym.engine.gate import VersionedPolicy
 from agentgym.errors import EngineError, InputError, PromptTooLongError, ServiceError
 from agentgym.messages import Message, ToolCall, ToolSpec
-from agentgym.policy import Completion, FinishReason, Policy, SamplingParams
+from agentgym.policy import Completion, FinishReason, SamplingParams
 from agentgym.render import ChatTemplateRenderer
 from agentgym.server.text_stream import ContentStream, TextStream
 
@@ -123,11 +126,17 @@ class Replies:
     Example: `replies = await Replies(policy, renderer, 4096, 600.0).sample(prompt_ids, tools, Sampling(n=2))`.
     """
 
-    def __init__(self, policy: Policy, renderer: ChatTemplateRenderer, max_context: int, max_request_s: float) -> None:
+    def __init__(
+        self, policy: VersionedPolicy, renderer: ChatTemplateRenderer, max_context: int, max_request_s: float
+    ) -> None:
         self.renderer = renderer
         self.max_context = max_context
         self.max_request_s = max_request_s
         self._policy = policy
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy.policy_version
 
     def plan(self, prompt_ids: Sequence[int], sampling: Sampling, session_id: str | None) -> list[SamplingParams]:
         """The parameters of each reply. Raises InputError, PromptTooLongError."""
@@ -163,8 +172,9 @@ class Replies:
             asyncio.create_task(self._one(prompt_ids, tools, params, sampling.stop, _of(index, tell)))
             for index, params in enumerate(plan)
         ]
+        deadline = asyncio.timeout(limit)
         try:
-            async with asyncio.timeout(limit) as deadline:
+            async with deadline:
                 return tuple(await asyncio.gather(*running))
         except TimeoutError as error:
             if not deadline.expired():
@@ -278,9 +288,8 @@ class _Taker:
 class Unrecorded:
     """A conversation that nobody keeps: every question brings its whole history."""
 
-    session_id = None
-
     def __init__(self, renderer: ChatTemplateRenderer) -> None:
+        self.session_id: str | None = None
         self._renderer = renderer
 
     @contextlib.asynccontextmanager
@@ -311,6 +320,23 @@ async def render(
     if sum(len(message.content) for message in messages) < BIG_CHARACTERS:
         return renderer.render(messages, tools)
     return await asyncio.to_thread(renderer.render, messages, tools)
+
+
+def vocabulary_size(model_folder: Path, renderer: ChatTemplateRenderer) -> int:
+    """How many ids the model can read: its own count, which padding may make larger than the tokenizer's."""
+    try:
+        config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return renderer.encoder.size
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else renderer.encoder.size
+
+
+async def encode_text(renderer: ChatTemplateRenderer, text: str) -> Sequence[int]:
+    """The ids of text from outside; long text in a thread."""
+    if len(text) < BIG_CHARACTERS:
+        return renderer.encoder.outside(text)
+    return await asyncio.to_thread(renderer.encoder.outside, text)
 
 
 def derived_seed(seed: int, index: int) -> int:

@@ -12,17 +12,14 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from agentgym import registry
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import Engine, WeightUpdate
-from agentgym.errors import InputError, PromptTooLongError, ServiceError
-from agentgym.messages import Message, ToolSpec
-from agentgym.policy import Completion, SamplingParams
+from agentgym.errors import InputError, ServiceError
 from agentgym.render import ChatTemplateRenderer, load_renderer
 from agentgym.rollout.collector import CollectedBatch, Collector, CollectorSettings
 from agentgym.rollout.environments import EnvironmentPool
@@ -32,6 +29,7 @@ from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import succeeded
 from agentgym.server.engines import start_engine
+from agentgym.server.replies import vocabulary_size
 from agentgym.server.sessions import Sessions
 from agentgym.server.settings import ServiceConfig
 from agentgym.server.wire import Batch, Evaluation, Group, PublishReport, ServiceStatus
@@ -40,18 +38,6 @@ from agentgym.trajectory import EpisodeStatus, Trajectory, to_scored_sequences
 EngineFactory = Callable[[ServiceConfig, Path], Awaitable[Engine]]
 RATE_WINDOW_S = 10.0
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the policy said to a conversation.
-
-    Example: `Reply(prompt_ids=(1, 7), completion=Completion((5, 2), ...), message=Message("assistant", "hi"))`.
-    """
-
-    prompt_ids: tuple[int, ...]
-    completion: Completion
-    message: Message
 
 
 class RolloutService:
@@ -66,10 +52,12 @@ class RolloutService:
         engine: Engine,
         run_dir: Path,
         versions_dir: Path,
+        vocab_size: int,
     ) -> None:
         rollout = config.rollout
         self.config = config
         self.model_name = config.model.name
+        self.vocab_size = vocab_size  # ids that the model can read
         self.renderer = renderer
         self.policy = VersionedPolicy(engine)
         self.max_context = min(config.max_context, engine.max_context)
@@ -135,7 +123,8 @@ class RolloutService:
         engine: Engine | None = None
         try:
             engine = await engine_factory(config, model_folder)
-            return cls(config, record, environments, renderer, engine, run_dir, versions_dir)
+            vocab_size = vocabulary_size(model_folder, renderer)
+            return cls(config, record, environments, renderer, engine, run_dir, versions_dir, vocab_size)
         except BaseException:
             if engine is not None:
                 await engine.close()
@@ -237,28 +226,6 @@ class RolloutService:
             raise ServiceError("the rollout service is ending")
         run.task.result()  # raises what ended it
         return run.result()
-
-    # ---------------------------------------------------------------------------------------------- everybody's
-
-    async def reply(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[ToolSpec],
-        max_tokens: int | None,
-        temperature: float,
-        seed: int | None,
-    ) -> Reply:
-        """Continues a conversation. Raises InputError, and PromptTooLongError, before anything is sampled."""
-        prompt_ids = self.renderer.render(messages, tools)
-        room = self.max_context - len(prompt_ids)
-        if room < 1 or (max_tokens is not None and max_tokens > room):
-            asked = "" if max_tokens is None else f" and max_tokens {max_tokens}"
-            raise PromptTooLongError(
-                f"a prompt of {len(prompt_ids)} tokens{asked} does not fit the context of {self.max_context} tokens"
-            )
-        params = SamplingParams(max_tokens or room, temperature, self.renderer.stop_token_ids, seed)
-        completion = await self.policy.complete(prompt_ids, params)
-        return Reply(tuple(prompt_ids), completion, self.renderer.parse(completion.token_ids, tools))
 
     def _tokens_per_s(self) -> float:
         now, tokens = time.monotonic(), self.collector.sampled_tokens

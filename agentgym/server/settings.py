@@ -126,6 +126,11 @@ class ServerSection(Section):
     port: int = 0  # 0: a free one
     api_key_file: Path | None = None  # the OpenAI surface then asks for the key in it; the trainer's API always has one
     max_body_mb: int = 16
+    max_body_s: float = Field(default=30.0, gt=0.0)  # for a body to arrive
+    max_requests: int = Field(default=1024, ge=1)  # answered at once on the OpenAI surface; more get status 429
+    max_request_s: float = Field(default=600.0, gt=0.0)  # for one answer to be sampled
+    drain_s: float = Field(default=10.0, ge=0.0)  # at the end, for running requests to be answered
+    log_format: Literal["text", "json"] = "text"
 
     @field_validator("port")
     @classmethod

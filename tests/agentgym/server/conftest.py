@@ -16,15 +16,17 @@ import pytest
 from agentgym.config import parse_config
 from agentgym.engine.protocol import Engine
 from agentgym.rollout.demonstrations import Mixture, write_demonstrations
-from agentgym.server.app import Keys, create_app
+from agentgym.server.app import create_app
 from agentgym.server.client import ServiceClient
+from agentgym.server.door import Door, Limits
+from agentgym.server.keys import Keyring, Keys
 from agentgym.server.process import listen, serve_http, url
 from agentgym.server.service import RolloutService
 from agentgym.server.settings import ServiceConfig
 from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
 
 KEY = "the-trainers-key-of-this-test"
-MAX_BODY = 50_000
+LIMITS = Limits(max_body_bytes=50_000, max_body_s=5.0, max_requests=64, max_request_s=60.0)
 
 
 def config_of(**rollout: Any) -> ServiceConfig:
@@ -67,6 +69,7 @@ class Server:
     url: str
     client: ServiceClient
     service: RolloutService
+    door: Door
     loop: asyncio.AbstractEventLoop
     versions_dir: Path
     run_dir: Path
@@ -95,22 +98,23 @@ def running(
     config: ServiceConfig | None = None,
     engine_factory: EngineFactory = scripted,
     openai_key: str | None = None,
+    limits: Limits = LIMITS,
 ) -> Iterator[Server]:
     config = config or config_of()
     versions_dir = run_dir / "versions"
     versions_dir.mkdir(parents=True)
     listener = listen(config.server)
-    ready: Future[tuple[RolloutService, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+    ready: Future[tuple[RolloutService, Door, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def main() -> None:
         service = await RolloutService.start(config, folder, run_dir, versions_dir, engine_factory)
         stop = asyncio.Event()
-        app = create_app(service, Keys(KEY, openai_key), stop.set, MAX_BODY)
+        app = create_app(service, Keyring(Keys(KEY, openai_key)), stop.set, limits)
         stopped = asyncio.ensure_future(stop.wait())
         stopped.add_done_callback(lambda _: service.collector.end_waiting())
         loop = asyncio.get_running_loop()
         try:
-            await serve_http(app, listener, lambda: ready.set_result((service, loop, stop)), stopped)
+            await serve_http(app, listener, lambda: ready.set_result((service, app, loop, stop)), stopped, 0.5)
         finally:
             await service.close()
 
@@ -124,11 +128,11 @@ def running(
 
     runner = threading.Thread(target=thread, daemon=True)
     runner.start()
-    service, loop, stop = ready.result(60)
+    service, door, loop, stop = ready.result(60)
     address = url(listener, config.server)
     try:
         with ServiceClient(address, KEY) as client:
-            yield Server(address, client, service, loop, versions_dir, run_dir)
+            yield Server(address, client, service, door, loop, versions_dir, run_dir)
     finally:
         loop.call_soon_threadsafe(stop.set)
         runner.join(20)

@@ -48,7 +48,6 @@ def test_the_model_is_listed(client: openai.OpenAI, server: Any) -> None:
     (model,) = client.models.list().data
     assert model.id == "small"
     assert client.models.retrieve("small").id == "small"
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "policy_version": 0}
 
 
 def test_a_chat_completion(client: openai.OpenAI) -> None:
@@ -112,29 +111,41 @@ def test_a_tool_call_there_and_back(start: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "says_what"),
     [
-        ({"stream": True}, "stream"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream=true"),
         ({"top_p": 0.9}, "top_p=0.9 is not supported here; leave it out or send 1.0"),
-        ({"n": 2}, "n=2"),
-        ({"stop": ["x"]}, "stop"),
+        ({"n": 0}, "n: "),
+        ({"n": 129}, "n: "),
+        ({"stop": ""}, "stop: String should have at least 1 character"),
+        ({"stop": ["x"] * 17}, "at most 16"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids: 1000000 is not in the vocabulary of"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": 61}, "timeout_s may be at most 60"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice='required' is not supported here"),
+        ({"tool_choice": {"type": "function", "function": {"name": "move"}}}, "tool_choice"),
+        ({"top_k": 5}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -5}, "max_tokens"),
         ({"max_tokens": 10**9}, "does not fit the context of 120 tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 2.5}, "temperature"),
+        ({"temperature": 1e-9}, "temperature must be 0 or >= 0.01"),
         ({"seed": "x"}, "seed"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "role must be"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0]: message.role must be"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["y"]}]}, "unknown parameter 'messages[0].images'"),
         ({"messages": [{"role": "user", "content": 3}]}, "content must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "content must be text"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, "last message"),
         ({"messages": [{"role": "user", "content": "goal " * 200}]}, "does not fit the context of 120"),
-        ({"tools": [{"type": "function"}]}, "a tool must be"),
+        ({"tools": [{"type": "function"}]}, "tools[0]: a tool must be"),
+        ({"tools": [MOVE, MOVE]}, "tools[1] has the name of another tool"),
         ({"frobnicate": 1}, "unknown parameter 'frobnicate'"),
     ],
 )
@@ -147,6 +158,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Any, change: dict[st
     assert set(error) == {"message", "type", "param", "code"}
     assert says_what in error["message"]
     assert error["type"] == "invalid_request_error"
+    assert error["param"] in error["message"] or error["code"] == "context_length_exceeded"
     assert server.service.policy.engine._sampled == before  # refused before any work
 
 
@@ -154,9 +166,9 @@ def test_errors_arrive_as_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="unknown model 'smal'; did you mean 'small'") as caught:
         client.chat.completions.create(model="smal", messages=QUESTION)  # type: ignore[arg-type]
     assert caught.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="stream=True is not supported") as refused:
-        client.chat.completions.create(model="small", messages=QUESTION, stream=True)  # type: ignore[arg-type]
-    assert refused.value.param == "stream"
+    with pytest.raises(openai.BadRequestError, match=r"top_p=0\.5 is not supported") as refused:
+        client.chat.completions.create(model="small", messages=QUESTION, stream=True, top_p=0.5)  # type: ignore[arg-type]
+    assert refused.value.param == "top_p"
     with pytest.raises(openai.BadRequestError) as too_long:
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "1 " * 500}])
     assert too_long.value.code == "context_length_exceeded"

@@ -1,0 +1,296 @@
+"""The door in front of the application: who may enter, how much, for how long, and how many at once.
+
+Law: a bearer is compared before a body is read; no body is read beyond its limit or its time; every answer carries the
+request's id; and a caller that goes away ends what was done for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+
+from fastapi.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentgym.server.keys import Keyring, Principal, bearer_of
+from agentgym.server.logs import visiting
+from agentgym.server.metrics import Metrics
+from agentgym.server.openai_errors import RETRY_AFTER_S, is_trainers, refusal
+from agentgym.server.settings import ServerSection
+from agentgym.server.visit import Visit
+
+log = logging.getLogger(__name__)
+access = logging.getLogger("agentgym.server.access")
+CLIENT_GONE = 499  # what nginx writes; nobody receives it
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+CUT_S = 1.0  # for requests that are cut off to say so
+WAITING_REPORT_S = 2.0  # between two lines on what a drain waits for
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests may use. Example: `Limits.of(ServerSection())`."""
+
+    max_body_bytes: int
+    max_body_s: float  # for a body to arrive
+    max_requests: int  # POSTs under `/v1` that are answered at once
+    max_request_s: float  # for an answer to be sampled
+
+    @classmethod
+    def of(cls, section: ServerSection) -> Limits:
+        return cls(section.max_body_mb * 2**20, section.max_body_s, section.max_requests, section.max_request_s)
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, kind: str, message: str, code: str | None = None, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Door:
+    """An ASGI application around another one."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, limits: Limits, metrics: Metrics) -> None:
+        self.draining = False
+        self._app = app
+        self._keyring = keyring
+        self._limits = limits
+        self._metrics = metrics
+        self._running: dict[str, Visit] = {}  # POSTs under `/v1`
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._cut = asyncio.Event()  # the drain's time is over
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    async def drain(self, limit_s: float) -> bool:
+        """Takes no more requests under `/v1`, and waits until those that run have ended; False at the limit."""
+        self.draining = True
+        deadline = time.monotonic() + limit_s
+        while self._running and (left := deadline - time.monotonic()) > 0.0:
+            oldest = max(self._running.values(), key=lambda visit: visit.seconds)
+            log.info(
+                "draining: %d requests run, the oldest (%s %s) for %.1f s; waiting %.1f s at most",
+                len(self._running), oldest.route, oldest.request_id, oldest.seconds, left,
+            )  # fmt: skip
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), min(left, WAITING_REPORT_S))
+        if not self._running:
+            return True
+        log.warning("drained for %.1f s; %d requests are cut off", limit_s, len(self._running))
+        self._cut.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), CUT_S)
+        return False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        visit = Visit(scope["method"])
+        sender = _Sender(visit, send)
+        with visiting(visit):
+            try:
+                await self._visit(visit, scope, receive, sender)
+            except _Refused as refused:
+                visit.failed = refused.kind
+                answer = _answer(scope["path"], refused)
+                await answer(scope, receive, sender)
+            except asyncio.CancelledError:
+                visit.failed = visit.failed or "Disconnected"
+                visit.status = visit.status or CLIENT_GONE
+                if not sender.gone:
+                    raise
+            finally:
+                await visit.after.aclose()
+                self._running.pop(visit.request_id, None)
+                if not self._running:
+                    self._idle.set()
+                self._note(visit, scope)
+
+    async def _visit(self, visit: Visit, scope: Scope, receive: Receive, sender: _Sender) -> None:
+        path: str = scope["path"]
+        headers = dict(scope["headers"])
+        visit.principal = self._identify(path, headers)
+        scope.setdefault("state", {}).update(visit=visit, principal=visit.principal)
+        surface = path == "/v1" or path.startswith("/v1/")
+        if surface:
+            if self.draining:
+                raise _ending()
+            self._check_may(visit, scope["method"], path)
+            if scope["method"] == "POST":
+                self._admit(visit)
+        body = await self._body(headers, receive)
+        if surface:
+            await self._until_gone(scope, body, receive, sender)
+        else:
+            await self._app(scope, _replay(body, receive), sender)
+
+    # ------------------------------------------------------------------------------------------------------ checks
+
+    def _identify(self, path: str, headers: dict[bytes, bytes]) -> Principal | None:
+        if path in OPEN_PATHS:
+            return None
+        principal = self._keyring.identify(bearer_of(headers.get(b"authorization", b"")))
+        trainer = principal is not None and principal.role == "trainer"
+        if principal is None or trainer != is_trainers(path):
+            raise _Refused(
+                401, "ServiceError", "this needs the header 'Authorization: Bearer KEY'", "invalid_api_key",
+                www_authenticate="Bearer",
+            )  # fmt: skip
+        if principal.role == "session" and not path.startswith("/v1/"):
+            raise _Refused(403, "ServiceError", "a session's key is for its session alone", "forbidden")
+        return principal
+
+    def _check_may(self, visit: Visit, method: str, path: str) -> None:
+        """A session's bearer is in the hands of the policy's agent: it chats, and looks at its session."""
+        if visit.principal is None or visit.principal.role != "session":
+            return
+        own = f"/v1/sessions/{visit.principal.session_id}"
+        base = own if path == own or path.startswith(own + "/") else "/v1"
+        rest = path.removeprefix(base)
+        reads = method in ("GET", "HEAD") and (rest == "/models" or rest.startswith("/models/") or path == own)
+        if not reads and not (method == "POST" and rest == "/chat/completions"):
+            raise _Refused(403, "ServiceError", "a session's key chats, and sees its own session", "forbidden")
+
+    def _admit(self, visit: Visit) -> None:
+        if len(self._running) >= self._limits.max_requests:
+            raise _Refused(
+                429, "NotNowError", f"{len(self._running)} requests run, as many as server.max_requests allows",
+                "rate_limit_exceeded", retry_after=str(RETRY_AFTER_S),
+            )  # fmt: skip
+        self._running[visit.request_id] = visit
+        self._idle.clear()
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The whole body. Raises _Refused for one that is too big or too slow."""
+        most = self._limits.max_body_bytes
+        too_big = _Refused(413, "InputError", f"a request body may have at most {most} bytes", "body_too_large")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > most:
+            raise too_big
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._limits.max_body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Refused(400, "Disconnected", "the connection was closed in the middle of a body")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise too_big
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            limit = f"{self._limits.max_body_s:g} s"
+            raise _Refused(
+                408, "InputError", f"the body did not arrive within {limit}", "body_timeout", connection="close"
+            ) from None
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    async def _until_gone(self, scope: Scope, body: bytes, receive: Receive, sender: _Sender) -> None:
+        """Runs the application, and cancels it when the caller closes the connection before it has its answer."""
+        working = asyncio.ensure_future(self._app(scope, _replay(body, _never), sender))
+        watching = asyncio.create_task(_disconnected(receive))
+        cut = asyncio.create_task(self._cut.wait())
+        try:
+            await asyncio.wait((working, watching, cut), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done() and not sender.complete:
+                sender.gone = watching.done() or sender.started
+                working.cancel()
+                if not sender.gone:
+                    raise _ending()
+            await working
+        finally:
+            for task in (working, watching, cut):
+                task.cancel()
+            await asyncio.gather(working, watching, cut, return_exceptions=True)
+
+    def _note(self, visit: Visit, scope: Scope) -> None:
+        route = scope.get("route")
+        visit.route = getattr(route, "path", visit.route)
+        self._metrics.visited(visit)
+        if visit.route in OPEN_PATHS or visit.route == "/metrics":
+            return
+        who = visit.principal.role if visit.principal else "nobody"
+        access.info(
+            "%s %s %d %.1f ms, %d tokens%s", visit.method, visit.route, visit.status, visit.seconds * 1000.0,
+            visit.sampled_tokens, f", {visit.failed}" if visit.failed else "",
+            extra={
+                "method": visit.method, "route": visit.route, "status": visit.status, "principal": who,
+                "seconds": round(visit.seconds, 6), "prompt_tokens": visit.prompt_tokens,
+                "sampled_tokens": visit.sampled_tokens, "failed": visit.failed,
+            },
+        )  # fmt: skip
+
+
+class _Sender:
+    """`send` that puts the request's id on the answer and sees how far it got."""
+
+    def __init__(self, visit: Visit, send: Send) -> None:
+        self.started = False
+        self.complete = False
+        self.gone = False  # the caller closed the connection
+        self._visit = visit
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if message["type"] == "http.response.start":
+            self.started = True
+            self._visit.status = message["status"]
+            headers = [*message.get("headers", ()), (b"x-request-id", self._visit.request_id.encode())]
+            message = {**message, "headers": headers}
+        self.complete = self.complete or last
+        await self._send(message)
+        if last and self._visit.status < 400 and not self._visit.failed:
+            for sent in self._visit.when_sent:
+                sent()
+
+
+def _ending() -> _Refused:
+    return _Refused(
+        503, "ServiceError", "the server is ending; ask another one", "draining",
+        retry_after=str(RETRY_AFTER_S), connection="close",
+    )  # fmt: skip
+
+
+def _replay(body: bytes, after: Receive) -> Receive:
+    """`receive` of a body that was read already."""
+    given = False
+
+    async def receive() -> Message:
+        nonlocal given
+        if given:
+            return await after()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+async def _never() -> Message:
+    """What follows a body whose end the door watches itself."""
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer(path: str, refused: _Refused) -> Response:
+    return refusal(
+        is_trainers(path), refused.status, refused.kind, str(refused), code=refused.code, headers=refused.headers
+    )
