@@ -89,9 +89,10 @@ def leases(runtime: Path) -> list[Lease]:
 # ---------------------------------------------------------------------------------------------------- after a death
 
 
-def collect_owner(folder: str | Path, settle_s: float = SETTLE_S) -> Removed:
-    """Takes away all that a dead owner held, and its lease at last; the lease stays if a daemon does not answer."""
-    lease, removed = Lease.read(Path(folder)), Removed()
+def collect_owner(folder: str | Path, settle_s: float = SETTLE_S, removed: Removed | None = None) -> Removed:
+    """Takes away all that a dead owner held, and its lease at last; the lease stays if a daemon does not answer.
+    Adds to `removed`."""
+    lease, removed = Lease.read(Path(folder)), Removed() if removed is None else removed
     until = time.monotonic() + settle_s
     pause = 0.05
     while True:
@@ -149,7 +150,7 @@ def remove_container(daemon: DaemonHttp, container: dict[str, Any], removed: Rem
 
 def remove_cgroups(prefix: str, removed: Removed, *, with_processes: bool) -> None:
     """The cgroups whose names begin so, the inner ones first; with what runs in them, or only where nothing does."""
-    for folder in sorted(_cgroups(prefix), key=lambda found: -len(found.parts)):
+    for folder in sorted(cgroup_folders(prefix), key=lambda found: -len(found.parts)):
         for _ in range(50):
             if with_processes:
                 removed.processes += [f"{pid} in {folder.name}" for pid in _kill(folder)]
@@ -166,7 +167,8 @@ def remove_cgroups(prefix: str, removed: Removed, *, with_processes: bool) -> No
                 break
 
 
-def _cgroups(prefix: str) -> Iterator[Path]:
+def cgroup_folders(prefix: str) -> Iterator[Path]:
+    """Those whose names begin so, in all hierarchies, and what is in them."""
     for place, folders, _ in os.walk(CGROUPS):
         for name in folders:
             if name.startswith(prefix):
