@@ -196,4 +196,4 @@ def find_bubblewrap() -> str:
 def abilities(bwrap: str) -> frozenset[str]:
     """The options that this version knows (asked once; a version does not change under us)."""
     told = subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=10, check=False).stdout
-    return frozenset(word for word in told.split() if word.startswith("--"))
+    return frozenset(line.split()[0] for line in told.splitlines() if line.strip().startswith("--"))

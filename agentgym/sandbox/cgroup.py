@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from agentgym.errors import SandboxError
@@ -59,45 +58,23 @@ class Cgroup:
             raise SandboxError(f"a box cannot be moved into its cgroup {error.filename}: {error.strerror}") from error
 
     def remove(self) -> None:
-        """Takes the empty cgroups away."""
-        _remove(self._folders)
-
-
-def remove_cgroups(names: Iterable[str]) -> list[str]:
-    """Takes the cgroups of these boxes away, wherever this process could have made them; the names of those that are
-    left, because something still runs in them."""
-    parents = _parents()
-    left: list[str] = []
-    for name in names:
-        folders = [parent / name for parent in parents if (parent / name).is_dir()]
-        _remove(folders)
-        if any(folder.is_dir() for folder in folders):
-            left.append(name)
-    return left
-
-
-def cgroup_names(prefix: str = "agentgym-") -> list[str]:
-    """The boxes that have a cgroup where this process would make one, its own and those of others."""
-    return sorted({folder.name for parent in _parents() for folder in parent.glob(f"{prefix}*")})
-
-
-def _remove(folders: list[Path]) -> None:
-    """Retries, because the last processes take a moment to leave."""
-    until = time.monotonic() + LEAVING_S
-    for folder in folders:
-        pause_s = 0.0005
-        while True:
-            try:
-                folder.rmdir()
-            except FileNotFoundError:
-                break
-            except OSError:
-                if time.monotonic() >= until:
+        """Takes the empty cgroups away. Retries, because the last processes take a moment to leave; what is left after
+        all is the reaper's."""
+        until = time.monotonic() + LEAVING_S
+        for folder in self._folders:
+            pause_s = 0.0005
+            while True:
+                try:
+                    folder.rmdir()
+                except FileNotFoundError:
                     break
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.05)
-            else:
-                break
+                except OSError:
+                    if time.monotonic() >= until:
+                        break
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 0.05)
+                else:
+                    break
 
 
 def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
@@ -106,7 +83,9 @@ def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
         "pids": {"pids.max": str(spec.pids)},
         "cpus": {"cpu.max": f"{int(spec.cpus * CPU_PERIOD_US)} {CPU_PERIOD_US}"},
     }
-    for parent in _version_2_parents():
+    own = ROOT / _own_cgroups().get("", "/").lstrip("/")
+    # processes may live only in leaves, so a child of our own cgroup gets controllers only if that is a root
+    for parent in dict.fromkeys((own, own.parent if own != ROOT else ROOT)):
         for controller in ("memory", "pids", "cpu"):
             with contextlib.suppress(OSError):
                 (parent / "cgroup.subtree_control").write_text(f"+{controller}")
@@ -120,12 +99,6 @@ def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
             return [folder], limits
         folder.rmdir()
     return [], {}
-
-
-def _version_2_parents() -> list[Path]:
-    """Processes may live only in leaves, so a child of our own cgroup gets controllers only if that is a root."""
-    own = ROOT / _own_cgroups().get("", "/").lstrip("/")
-    return list(dict.fromkeys((own, own.parent if own != ROOT else ROOT)))
 
 
 def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
@@ -142,7 +115,7 @@ def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
     limits: dict[str, str] = {}
     own = _own_cgroups()
     for kind, (controller, files) in settings.items():
-        folder = _version_1_parent(own, controller) / name
+        folder = ROOT / controller / own.get(controller, "/").lstrip("/") / name
         try:
             folder.mkdir()
         except OSError:
@@ -153,18 +126,6 @@ def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
         else:
             folder.rmdir()
     return folders, limits
-
-
-def _version_1_parent(own: dict[str, str], controller: str) -> Path:
-    return ROOT / controller / own.get(controller, "/").lstrip("/")
-
-
-def _parents() -> list[Path]:
-    """Where the cgroups of boxes are."""
-    if (ROOT / "cgroup.controllers").exists():
-        return _version_2_parents()
-    own = _own_cgroups()
-    return [_version_1_parent(own, controller) for controller in ("memory", "pids", "cpu")]
 
 
 def _write(folder: Path, files: dict[str, str]) -> bool:

@@ -159,8 +159,13 @@ def _usable(python: str) -> bool:
 
 def _host_uid(uid: int) -> int | None:
     """As whom bubblewrap starts: None = as we are; a root owner becomes the box's uid, because to root's own uid too
-    much of /proc is open, capabilities or not."""
-    return uid if os.geteuid() == 0 else None
+    much of /proc is open, capabilities or not. Root of a user namespace that has no such uid is nobody's root."""
+    return uid if os.geteuid() == 0 and _is_mapped("uid", uid) and _is_mapped("gid", uid) else None
+
+
+def _is_mapped(kind: str, number: int) -> bool:
+    ranges = (map(int, line.split()) for line in Path(f"/proc/self/{kind}_map").read_text().splitlines())
+    return any(first <= number < first + count for first, _, count in ranges)
 
 
 # ---------------------------------------------------------------------------------------------- what the box can see
@@ -179,8 +184,9 @@ def _links() -> list[str]:
 
 @functools.cache
 def _masks() -> tuple[str, ...]:
-    """Empty things over what /proc tells of the host; bubblewrap itself makes /proc/sys and its like read-only."""
-    options: list[str] = []
+    """Empty things over what /proc tells of the host. /proc/sys is read-only: some of it (the limits of messages) would
+    be the box's to write; it shows the namespaces of who looks, whichever /proc it is taken from."""
+    options = ["--ro-bind", "/proc/sys", "/proc/sys"]
     for name in MASKED:
         path = f"/proc/{name}"
         if not os.path.exists(path) or not os.stat(path).st_mode & stat.S_IROTH:

@@ -50,15 +50,13 @@ def apply(folders):
     try:
         abi = call(SYSCALL_CREATE, 0, 0, ASK_VERSION)
     except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return "none: this kernel has no Landlock"
         if error.errno == errno.EOPNOTSUPP:
             return "none: Landlock is off in this kernel (lsm= of its command line)"
-        return f"none: this kernel has no Landlock ({error.strerror})"
-    handled = ALL_OF_ABI_1
-    for since, right in ((2, REFER), (3, TRUNCATE), (5, IOCTL_DEVICE)):
-        handled |= right if abi >= since else 0
-    # struct landlock_ruleset_attr: files, network, scopes; a kernel before a field knows a shorter one
-    fields = (handled, 0, SCOPED)[: 1 if abi < 4 else 2 if abi < 6 else 3]
-    attributes = b"".join(field.to_bytes(8, "little") for field in fields)
+        return f"none: Landlock is refused here ({posix.strerror(error.errno or 0)})"
+    attributes = ruleset_attributes(abi)
+    handled = int.from_bytes(attributes[:8], "little")
     ruleset = call(SYSCALL_CREATE, attributes, len(attributes), 0)
     for path, kind in folders.items():
         try:
@@ -72,3 +70,13 @@ def apply(folders):
     call(SYSCALL_RESTRICT, ruleset, UNLOGGED if abi >= 7 else 0)
     posix.close(ruleset)
     return f"ABI {abi}"
+
+
+def ruleset_attributes(abi):
+    """struct landlock_ruleset_attr: files, network, scopes. A kernel refuses a right that it does not know; one from
+    before a field has a shorter structure."""
+    files = ALL_OF_ABI_1
+    for since, right in ((2, REFER), (3, TRUNCATE), (5, IOCTL_DEVICE)):
+        files |= right if abi >= since else 0
+    fields = (files, 0, SCOPED)[: 1 if abi < 4 else 2 if abi < 6 else 3]
+    return b"".join(field.to_bytes(8, "little") for field in fields)
