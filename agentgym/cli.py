@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 
 from agentgym import __version__
-from agentgym.errors import EnvError, InputError, UnavailableError
+from agentgym.errors import EnvError, InputError, SandboxError, UnavailableError
 from agentgym.view.failures import guarded, log_to_stderr
 
 COMMANDS = "agentgym.commands"
@@ -33,7 +33,7 @@ CONFIGS = "agentgym.configs"
 AGENTS = ("oracle", "habit", "nop", "random")  # what plays without weights; anything else is a model
 
 Split = Literal["train", "heldout"]
-SandboxTier = Literal["auto", "docker", "namespace"]
+SandboxTier = Literal["auto", "namespace", "docker", "gvisor"]
 
 EnvName = Annotated[str, typer.Argument(help="An id, an alias, module:Id-v0 or path/to/file.py:Id-v0.")]
 Settings = Annotated[
@@ -129,6 +129,56 @@ def build_base(
 
     options = [*(["--force"] if force else []), *(["--mirror", mirror] if mirror else [])]
     raise typer.Exit(build(options))
+
+
+def list_sandboxes(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a box.")] = False,
+) -> None:
+    """List the boxes of every owner on this machine, and those of others that its Docker daemons hold."""
+    from agentgym.sandbox.gc import list_boxes
+
+    rows, problems = list_boxes()
+    for problem in problems:
+        _say(problem)
+    if as_json:
+        for row in rows:
+            print(json.dumps(asdict(row)))
+        return
+    from agentgym.view.tables import columns_table
+
+    header = ("box", "tier", "state", "age", "owner", "relaxed", "image")
+    lines = [
+        (row.name, row.tier, row.state, f"{row.age_s:.0f} s", row.owner, ", ".join(row.relaxed) or None, row.image)
+        for row in rows
+    ]
+    columns_table(header, lines, Console())
+
+
+def collect_sandboxes(
+    images: Annotated[bool, typer.Option("--images", help="Also images built for tasks.")] = False,
+    volumes: Annotated[bool, typer.Option("--volumes", help="Also volumes of ours that no box uses.")] = False,
+    all_hosts_older_than: Annotated[
+        float | None,
+        typer.Option(min=60.0, help="Also boxes of other machines' owners, alive or not, older than so many seconds."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")] = False,
+) -> None:
+    """Remove what no living owner holds: boxes, their processes, cgroups, images and leases."""
+    from agentgym.sandbox.gc import collect_garbage
+
+    removed = asdict(collect_garbage(images=images, volumes=volumes, others_older_than_s=all_hosts_older_than))
+    problems = removed.pop("problems")
+    if as_json:
+        print(json.dumps(removed))
+    elif any(removed.values()):
+        from agentgym.view.tables import columns_table
+
+        lines = [(name, kind) for kind, names in removed.items() for name in names]
+        columns_table(("removed", "of the"), lines, Console())
+    else:
+        print("nothing was left behind")
+    if problems:
+        raise SandboxError("; ".join(problems))
 
 
 # ------------------------------------------------------------------------------------------------- what they call
@@ -243,6 +293,8 @@ def build_app() -> typer.Typer:
     app.command("serve")(guarded(serve))
     sandbox = typer.Typer(help="Sandboxes.", no_args_is_help=True)
     sandbox.command("build-base")(guarded(build_base))
+    sandbox.command("list")(guarded(list_sandboxes))
+    sandbox.command("gc")(guarded(collect_sandboxes))
     app.add_typer(sandbox, name="sandbox")
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         app.command(entry.name)(guarded(_load_command(entry)))

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,8 @@ def list_boxes() -> tuple[list[BoxRow], list[str]]:
     for daemon, containers in surveyed.containers("agentgym.box"):
         for container in containers:
             row = _row_of_container(container, daemon.url, surveyed)
-            rows[row.name] = row
+            known = rows.get(row.name)
+            rows[row.name] = replace(row, image=known.image) if known else row  # by its name, not by its id
     return sorted(rows.values(), key=lambda row: -row.age_s), surveyed.problems
 
 
