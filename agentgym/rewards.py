@@ -29,7 +29,12 @@ class Score:
         bad = {name: value for name, value in components.items() if not math.isfinite(value)}
         if bad:
             return cls.invalid(f"reward components must be finite, got {bad}")
-        value = math.fsum(weights.get(name, 1.0) * part for name, part in components.items())
+        try:
+            value = math.fsum(weights.get(name, 1.0) * part for name, part in components.items())
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            return cls.invalid(f"the sum of the reward components must be finite, got {dict(components)}")
         return cls(value, {name: float(part) for name, part in components.items()}, True, "")
 
     @classmethod

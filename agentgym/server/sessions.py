@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import secrets
 import time
 from collections import Counter, OrderedDict
@@ -329,8 +328,8 @@ class Sessions:
         score = Score.of(components) if invalid is None else Score.invalid(invalid)
         if not components and invalid is None:
             raise InputError("components must name at least one reward, or `invalid` say why there is none")
-        if invalid is None and not (score.valid and math.isfinite(score.value)):
-            raise InputError(score.why or f"the sum of the components must be finite, got {score.value}")
+        if invalid is None and not score.valid:
+            raise InputError(score.why)
         deadline = time.monotonic() + BUSY_S
         while session.num_under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.02)  # a client that hung up is noticed in a moment

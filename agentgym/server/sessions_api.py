@@ -7,12 +7,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from agentgym.rollout.intake import Declared
 from agentgym.server.keys import Keyring, Principal
+from agentgym.server.openai_api import StrictJson
+from agentgym.server.openai_errors import ForbiddenError
 from agentgym.server.sessions import Session, Sessions, UnknownSessionError
+from agentgym.server.visit import Visit
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -48,38 +50,59 @@ class FinishRequest(_Body):
 
 def sessions_router(sessions: Sessions, keyring: Keyring, model_name: str) -> APIRouter:
     """The routes under `/v1/sessions`."""
-    router = APIRouter(prefix="/v1/sessions")
+    router = APIRouter(prefix="/v1/sessions", route_class=StrictJson)
     sessions.on_forget = keyring.revoke
 
     @router.post("", status_code=201)
     async def begin(body: OpenRequest, request: Request) -> dict[str, Any]:
+        """Opens a recorded episode, and gives its agent a bearer and a base URL of its own."""
+        _check_acts(request)
         session = sessions.open(
             Declared(body.task, body.seed, body.group),
             ttl_s=body.ttl_s,
             max_turns=body.limits.max_turns,
             max_tokens=body.limits.max_tokens,
         )
-        base_url = f"{str(request.base_url).rstrip('/')}/v1"
+        base_url = f"{str(request.base_url).rstrip('/')}/v1/sessions/{session.name}"
         key = keyring.admit(session.name)  # shown once; the service keeps its digest
         return _view(session) | {"api_key": key, "base_url": base_url, "model": model_name}
 
     @router.get("/{session_id}")
     async def show(session_id: str, request: Request) -> dict[str, Any]:
-        principal: Principal | None = getattr(request.state, "principal", None)
-        if principal is not None and principal.role == "session" and principal.session_id != session_id:
-            raise UnknownSessionError(f"there is no session {session_id!r}")  # nor is it said whether there is one
+        """What a session has used and how it stands."""
+        _check_sees(_principal(request), session_id)
         return _view(sessions.get(session_id))
 
     @router.post("/{session_id}/finish")
-    async def finish(session_id: str, body: FinishRequest) -> dict[str, Any]:
+    async def finish(session_id: str, body: FinishRequest, request: Request) -> dict[str, Any]:
+        """Ends a session with what it earned."""
+        _check_acts(request)
         truncated = body.status == "truncated"
         return _view(await sessions.finish(session_id, body.components, truncated=truncated, invalid=body.invalid))
 
     @router.delete("/{session_id}")
-    async def abandon(session_id: str) -> JSONResponse:
-        return JSONResponse(_view(sessions.abandon(session_id)))
+    async def abandon(session_id: str, request: Request) -> dict[str, Any]:
+        """Ends a session without a score; its place in its group is free again."""
+        _check_acts(request)
+        return _view(sessions.abandon(session_id))
 
     return router
+
+
+def _principal(request: Request) -> Principal:
+    visit: Visit = request.state.visit
+    assert visit.principal is not None  # the door lets nobody else in
+    return visit.principal
+
+
+def _check_acts(request: Request) -> None:
+    if _principal(request).role != "actor":
+        raise ForbiddenError("sessions are opened and ended with the acting key, never with a session's own bearer")
+
+
+def _check_sees(principal: Principal, session_id: str) -> None:
+    if principal.role == "session" and session_id != principal.session_id:
+        raise UnknownSessionError(f"there is no session {session_id!r}")  # nor is it said whether there is one
 
 
 def _view(session: Session) -> dict[str, Any]:
