@@ -431,7 +431,12 @@ def test_a_session_s_bearer_opens_nothing_else(service):
         ):
             missing = "ses-999999-00000000"
             path = answer.request.url.path.replace(other["id"], missing)
-            same = http.request(answer.request.method, path, content=answer.request.content)
+            same = http.request(
+                answer.request.method,
+                path,
+                content=answer.request.content,
+                headers={"Content-Type": "application/json"},
+            )
             assert answer.status_code == same.status_code == 404
             assert answer.text.replace(other["id"], missing) == same.text  # not even that it is there
         finish = {"components": {"r": 1.0}}
