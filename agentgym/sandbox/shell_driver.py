@@ -13,6 +13,7 @@ its two pipes are closed to what it runs, and what the loop itself does is not s
 import json
 import os
 import select
+import signal
 
 LOOP = r"""
 __agentgym_status() { return "$1"; }
@@ -53,7 +54,8 @@ def start():
     # above 9 first: one of the pipes may be 8 or 9 itself
     high = [os.dup2(fd, fd + 100, inheritable=False) for fd in (commands, report)]
     actions = [(os.POSIX_SPAWN_DUP2, high[0], 8), (os.POSIX_SPAWN_DUP2, high[1], 9)]
-    pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions)
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by every Python, and what a shell starts with ignored stays so
+    pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsigdef=ignored)
     for fd in (commands, report, *high):
         os.close(fd)
     return pid, feed, codes

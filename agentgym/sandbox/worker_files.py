@@ -96,7 +96,7 @@ class Files:
             reader = Reader(body.chunk)
             for entry in iter(reader.next, None):
                 restore(root, entry, reader)
-                if entry.kind in (FILE, FOLDER):
+                if entry.kind in (FILE, FOLDER, FIFO):
                     kept.append(entry)
         except (BadTar, Blocked) as error:
             raise Refused("archive", str(error)) from None
@@ -124,6 +124,8 @@ def restore(root, entry, reader):
             vacate(parent, parts)
             if entry.kind == LINK:
                 posix.symlink(entry.link, parts[-1], dir_fd=parent)
+                times = (entry.mtime_ns, entry.mtime_ns)
+                posix.utime(parts[-1], ns=times, dir_fd=parent, follow_symlinks=False)
             elif entry.kind == HARD_LINK:
                 posix.link(b"/" + entry.link, parts[-1], dst_dir_fd=parent, follow_symlinks=False)
             else:

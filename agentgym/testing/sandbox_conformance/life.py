@@ -1,0 +1,74 @@
+"""How long a box lives, and with whom."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from agentgym.errors import SandboxDiedError
+from agentgym.sandbox.lease import owner
+from agentgym.sandbox.spec import Sandbox, SandboxSpec
+from agentgym.testing.sandbox_conformance.questions import Opener, raises
+
+
+def closes_for_good(open_box: Opener) -> None:
+    box = open_box(SandboxSpec())
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            box.exec("sleep 60", timeout_s=60)
+        except SandboxDiedError as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    box.close()
+    waiting.join(10)
+    assert caught, "a call that waits must end when the box is closed"
+    assert time.monotonic() - started < 10
+    raises(SandboxDiedError, lambda: box.exec("true"))
+    box.close()
+
+
+def outlives_the_thread_that_opened_it(open_box: Opener) -> None:
+    boxes: list[Sandbox] = []
+    opening = threading.Thread(target=lambda: boxes.append(open_box(SandboxSpec())))
+    opening.start()
+    opening.join()
+    time.sleep(0.2)
+    with boxes[0] as box:
+        outputs: list[bytes] = []
+        calls = [
+            threading.Thread(target=lambda i=i: outputs.append(box.exec(f"sleep 0.02; echo {i}").stdout))
+            for i in range(6)
+        ]
+        for call in calls:
+            call.start()
+        for call in calls:
+            call.join()
+        assert sorted(outputs) == [b"%d\n" % i for i in range(6)]
+
+
+def ends_with_its_lease(open_box: Opener) -> None:
+    for busy in (True, False):
+        with open_box(SandboxSpec(lease_s=1.5)) as box:
+            box.exec("sleep 60 >/dev/null 2>&1 &")
+            owner().forget(box.name)  # nobody renews it from here on; every call would
+            started = time.monotonic()
+            if busy:
+                raises(SandboxDiedError, lambda box=box: box.exec("sleep 60", timeout_s=60))
+                assert 1 < time.monotonic() - started < 15
+            else:
+                box.freeze()
+                time.sleep(4)
+                raises(SandboxDiedError, lambda box=box: box.exec("true"))
+
+
+def is_renewed_while_a_call_waits(open_box: Opener) -> None:
+    with open_box(SandboxSpec(lease_s=1.5)) as box:
+        assert box.exec("sleep 4; echo there", timeout_s=60).stdout == b"there\n"
+        time.sleep(4)
+        assert box.exec("echo still there").stdout == b"still there\n"

@@ -1,0 +1,34 @@
+"""How a check asks a box."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from agentgym.sandbox.spec import ExecResult, Sandbox, SandboxSpec
+
+Opener = Callable[[SandboxSpec], Sandbox]
+Check = Callable[[Opener], None]
+
+
+def python(box: Sandbox, code: str, timeout_s: float = 30.0) -> ExecResult:
+    """Runs a Python program in the box."""
+    return box.exec(["python3", "-I", "-c", code], timeout_s=timeout_s)
+
+
+def answer(box: Sandbox, code: str) -> object:
+    """What a Python program in the box prints as JSON."""
+    result = python(box, code)
+    assert result.exit_code == 0, result.stderr.decode(errors="replace")
+    return json.loads(result.stdout)
+
+
+def raises(kind: type[Exception], call: Callable[[], object]) -> Exception:
+    """The error, which must be exactly of this class."""
+    raised: list[Exception] = []
+    try:
+        call()
+    except kind as error:
+        raised.append(error)
+    assert [type(error) for error in raised] == [kind], f"{kind.__name__} was not raised, but {raised!r}"
+    return raised[0]
