@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 from agentgym.engine.protocol import Engine
-from agentgym.server.settings import ServiceConfig
+from agentgym.server.settings import EngineSection, ServiceConfig
 
 
 async def start_engine(config: ServiceConfig, model_folder: Path) -> Engine:
@@ -15,6 +16,8 @@ async def start_engine(config: ServiceConfig, model_folder: Path) -> Engine:
     Raises InputError and its kin, and EngineError.
     """
     section = config.engine
+    if section.kind == "vllm":
+        return await _vllm(section, model_folder, config.max_context)
     if section.in_process:
         from agentgym.engine.torch_engine import TorchEngine
 
@@ -27,3 +30,22 @@ async def start_engine(config: ServiceConfig, model_folder: Path) -> Engine:
     return await ProcessEngine.start(
         model_folder, slots=section.slots, max_context=config.max_context, threads=section.threads, dtype=section.dtype
     )
+
+
+async def _vllm(section: EngineSection, model_folder: Path, max_context: int) -> Engine:
+    from agentgym.engine.vllm_engine import VllmEngine
+    from agentgym.engine.vllm_server import VllmServerOptions
+
+    if section.vllm_urls:
+        return await VllmEngine.connect(model_folder, section.vllm_urls, max_context=max_context, dtype=section.dtype)
+    options = VllmServerOptions(
+        python=section.vllm_python or Path(sys.executable),
+        max_context=max_context,
+        slots=section.slots,
+        threads=section.threads,
+        dtype=section.dtype,
+        kv_cache_gb=section.vllm_kv_cache_gb,
+        start_s=section.vllm_start_s,
+        extra_args=section.vllm_args,
+    )
+    return await VllmEngine.start(model_folder, options, replicas=section.replicas)

@@ -90,27 +90,80 @@ class SessionsSection(Section):
 
 
 class EngineSection(Section):
-    """The inference engine."""
+    """The inference engine: the torch engine in this distribution, or stock vLLM servers, started here or elsewhere."""
 
-    kind: Literal["torch"] = "torch"
-    slots: int = 64  # sequences that are decoded together
+    kind: Literal["torch", "vllm"] = "torch"
+    slots: int = 64  # sequences that are decoded together, by each replica
     max_context: int | None = None  # tokens of one sequence; None: rollout.max_episode_tokens
     in_process: bool = False  # True: inside the service, for tests; else in a process of its own
     threads: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
+    publish_mode: Literal["abort", "wait", "keep"] = "abort"  # what new weights do to running requests
+    replicas: int = 1  # vLLM servers to start
+    vllm_python: Path | None = None  # the interpreter that has vllm and this distribution; None: the service's own
+    vllm_urls: tuple[str, ...] = ()  # vLLM servers that run already: none is started then
+    vllm_args: tuple[str, ...] = ()  # more arguments for each server's command line
+    vllm_kv_cache_gb: int = 1  # of a server on a CPU
+    vllm_start_s: float = 600.0
 
-    @field_validator("slots", "threads", "max_context")
+    @field_validator("slots", "threads", "max_context", "replicas", "vllm_kv_cache_gb")
     @classmethod
     def _at_least_one(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
             raise ValueError(f"must be >= 1, got {value}")
         return value
 
+    @field_validator("vllm_urls")
+    @classmethod
+    def _http(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"must be http:// or https:// URLs, got {url!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EngineSection:
+        if self.kind == "torch" and (self.replicas > 1 or self.vllm_urls or self.vllm_args or self.vllm_python):
+            raise ValueError(
+                "replicas, vllm_urls, vllm_args and vllm_python are of kind = 'vllm'; set it, or drop them"
+            )
+        if self.kind == "vllm" and self.in_process:
+            raise ValueError("in_process is of kind = 'torch': vLLM always runs in processes of its own")
+        if self.vllm_urls and (self.vllm_python or self.vllm_args or self.replicas > 1):
+            raise ValueError(
+                "vllm_urls names servers that run; vllm_python, vllm_args and replicas are for started ones"
+            )
+        return self
+
 
 class SandboxSection(Section):
-    """Where environments that run code run it."""
+    """Where environments that run code run it: one pool of boxes for episodes and evaluations."""
 
-    tier: Literal["auto", "docker", "namespace"] = "auto"
+    tier: Literal["auto", "namespace", "docker", "gvisor"] = "auto"
+    warm: int = 4  # boxes of each kind that are held ready; raise it if sandbox_hit_rate is low
+    starters: int = 2  # started at once; a Docker daemon gives about five a second, whatever this is
+    docker_host: str | None = None  # unix:///path, ssh://host or tcp://host:port; None: what DOCKER_HOST says
+    docker_tls: Path | None = None  # for tcp://: the folder of ca.pem, cert.pem and key.pem
+
+    @field_validator("warm")
+    @classmethod
+    def _not_negative(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError(f"must be >= 0, got {value}")
+        return value
+
+    @field_validator("starters")
+    @classmethod
+    def _at_least_one(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"must be >= 1, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_of_a_host(self) -> SandboxSection:
+        if self.docker_tls is not None and self.docker_host is None:
+            raise ValueError("sandbox.docker_tls needs sandbox.docker_host=tcp://host:port, which it protects")
+        return self
 
 
 class RenderSection(Section):

@@ -1,0 +1,68 @@
+"""Keeps a vLLM server for as long as its owner lives. Law: when the owner is gone, however it went, so is the server
+with all its processes.
+
+Run as a script of the standard library only: `python vllm_keeper.py OWNER_PID COMMAND...`. The owner holds this
+process's stdin open. A vLLM server is a tree of processes (HTTP, engine core, workers); one of them that dies alone
+takes the others with it, and orphans come to this process, which ends their group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LOOK_S = 0.25
+_POLITE_S = 5.0  # after SIGTERM
+
+
+def keep(owner: int, command: list[str]) -> int:
+    """Runs `command` in a session of its own until it ends or the owner is gone; returns the exit code."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+    def die_with_the_keeper() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_the_keeper)
+    while child.poll() is None:
+        readable, _, _ = select.select([0], [], [], _LOOK_S)
+        if (readable and not os.read(0, 1)) or os.getppid() != owner:
+            _signal(child.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_POLITE_S)
+            break
+    _end_group(child.pid)
+    return child.wait()
+
+
+def _end_group(group: int) -> None:
+    """Kills what is left of the group and reaps it, until nobody is left."""
+    deadline = time.monotonic() + _POLITE_S
+    while time.monotonic() < deadline and _signal(group, signal.SIGKILL):
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.02)
+
+
+def _signal(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the owner decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    code = keep(int(sys.argv[1]), sys.argv[2:])
+    sys.exit(128 - code if code < 0 else code)

