@@ -58,9 +58,9 @@ def open_sandbox(
     chosen = choose_tier("auto", spec.image, at_least=at_least, host=host) if tier == "auto" else tier
     if chosen == "namespace":
         return NamespaceSandbox(spec)
-    from agentgym.sandbox.docker import DockerSandbox  # the client is loaded by those who use it
+    from agentgym.sandbox.docker import open_docker  # the client is loaded by those who use it
 
-    return DockerSandbox(spec, host, chosen)
+    return open_docker(spec, host, chosen)
 
 
 def _check_strength(tier: str, at_least: str) -> None:

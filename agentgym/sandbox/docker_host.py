@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import select
 import socket
 import ssl
 import subprocess
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,29 +105,32 @@ class DockerHost:
 
 
 class Daemon:
-    """A daemon that answers, and clients of it that any thread may use."""
+    """A daemon that answers, clients of it that any thread may use, and what was learnt about it."""
 
     def __init__(self, host: DockerHost) -> None:
         self.host = host
         patience = SSH_PING_S if host.parts.scheme == "ssh" else PING_S
-        self._probe = _client(host, patience, OLDEST_API)
+        self.probe = _client(host, patience, OLDEST_API)
         try:
-            version = self._probe.version(api_version=False)
+            version = self.probe.version(api_version=False)
             self.api_version = str(version["ApiVersion"])
             self.architecture = str(version.get("Arch", ""))  # in Docker's words: "amd64", "arm64"
         except (*FAILURES, KeyError, TypeError, ValueError) as error:
-            raise no_daemon(host, error, _said(self._probe)) from error
+            raise no_daemon(host, error, _said(self.probe)) from error
         self.quick = _client(host, QUICK_S, self.api_version)
         self.api = _client(host, CALL_S, self.api_version)
         self.builder = _client(host, BUILD_S, self.api_version)
+        self.fit: set[tuple[str, str]] = set()  # (tier, network) whose demands it was seen to meet
+        self.without_python: set[str] = set()  # images, by id, that cannot hold the worker
+        self.gvisor_ran = False
 
     def check(self) -> None:
         """Returns when the daemon has answered just now; UnavailableError if it does not."""
         try:
-            if not self._probe.ping():
+            if not self.probe.ping():
                 raise OSError("it answered something else than OK")
         except FAILURES as error:
-            raise no_daemon(self.host, error, _said(self._probe)) from error
+            raise no_daemon(self.host, error, _said(self.probe)) from error
 
     def info(self) -> dict[str, Any]:
         """What the daemon says of itself."""
@@ -303,10 +304,11 @@ def ssh_command(host: DockerHost) -> list[str]:
 # ------------------------------------------------------------------------------------------- the attached connection
 
 
-def hijacked(connection: Any) -> tuple[Any, bytes]:
+def hijacked(connection: Any) -> tuple[socket.socket, bytes]:
     """The socket under an attached connection of the docker package, and what was read of it already: the daemon's
     first bytes may have come together with the header of its answer."""
-    stream = getattr(connection, "_sock", connection)
+    attached: Any = connection  # an SSL socket, or a reader of a plain one
+    stream: socket.socket = attached if isinstance(attached, ssl.SSLSocket) else attached._sock
     buffered = connection._response.raw._fp.fp
     stream.settimeout(0)
     early = b""
@@ -314,61 +316,4 @@ def hijacked(connection: Any) -> tuple[Any, bytes]:
         early = buffered.peek()
     if early:
         buffered.read(len(early))
-    return (TlsStream(stream) if isinstance(stream, ssl.SSLSocket) else stream), early
-
-
-class TlsStream:
-    """A TLS connection that one thread may read while another writes; OpenSSL alone does not allow it. Has the part of
-    `socket.socket` that a channel uses."""
-
-    def __init__(self, stream: ssl.SSLSocket) -> None:
-        self._stream = stream
-        self._stream.setblocking(False)
-        self._lock = threading.Lock()  # never held while waiting
-        self._timeout_s: float | None = None
-
-    def settimeout(self, timeout_s: float | None) -> None:
-        self._timeout_s = timeout_s
-
-    def sendall(self, data: bytes) -> None:
-        view, until = memoryview(data), self._until()
-        while view:
-            try:
-                with self._lock:
-                    view = view[self._stream.send(view[: 1 << 16]) :]
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT, until)
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN, until)
-
-    def recv(self, size: int) -> bytes:
-        until = self._until()
-        while True:
-            try:
-                with self._lock:
-                    return self._stream.recv(size)
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN, until)
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT, until)
-            except ssl.SSLEOFError:
-                return b""
-
-    def shutdown(self, how: int) -> None:
-        socket.socket.shutdown(self._stream, how)  # of the connection below; wakes whoever waits
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def _until(self) -> float | None:
-        return None if self._timeout_s is None else time.monotonic() + self._timeout_s
-
-    def _wait(self, event: int, until: float | None) -> None:
-        poll = select.poll()
-        poll.register(self._stream, event)
-        left = None if until is None else max(0.0, until - time.monotonic()) * 1000
-        if not poll.poll(left):
-            raise TimeoutError("timed out")
+    return stream, early

@@ -54,6 +54,9 @@ def _host_config(daemon: Daemon, tier: str, spec: SandboxSpec, volumes: Sequence
     memory = spec.memory_mb * 2**20
     disk = spec.tmpfs_mb * 2**20
     owned = owner_uid(spec)
+    limits = {"core": 0, "nofile": 1024, "fsize": disk}
+    if tier == "gvisor":
+        limits["nproc"] = spec.pids  # of the box alone: its kernel counts nobody else's
     options = f"rw,exec,nosuid,nodev,size={disk},uid={owned},gid={owned},mode=0755"
     if tier != "gvisor":  # gVisor counts an inode as memory of the box
         options += f",nr_inodes={disk // BYTES_PER_INODE}"
@@ -75,17 +78,8 @@ def _host_config(daemon: Daemon, tier: str, spec: SandboxSpec, volumes: Sequence
         "auto_remove": True,
         "binds": [],
         "log_config": docker.types.LogConfig(type="none"),  # a flood of output must not fill the daemon's disk
-        "ulimits": [
-            docker.types.Ulimit(name="core", soft=0, hard=0),
-            docker.types.Ulimit(name="nofile", soft=1024, hard=1024),
-            docker.types.Ulimit(name="fsize", soft=disk, hard=disk),
-        ],
+        "ulimits": [docker.types.Ulimit(name=name, soft=value, hard=value) for name, value in limits.items()],
     }
-
-
-def rlimits(tier: str, spec: SandboxSpec) -> dict[str, int]:
-    """What the worker limits for its children, because the daemon cannot."""
-    return {"NPROC": spec.pids} if tier == "gvisor" else {}
 
 
 def owner_uid(spec: SandboxSpec) -> int:
