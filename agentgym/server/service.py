@@ -12,9 +12,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from agentgym import registry
 from agentgym.engine.gate import VersionedPolicy
@@ -28,6 +28,7 @@ from agentgym.rollout.limits import EpisodeLimits
 from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import succeeded
+from agentgym.sandbox.pool import SandboxPool
 from agentgym.server.engines import start_engine
 from agentgym.server.replies import vocabulary_size
 from agentgym.server.sessions import Sessions
@@ -48,6 +49,7 @@ class RolloutService:
         config: ServiceConfig,
         record: registry.EnvRecord,
         environments: EnvironmentPool,
+        boxes: SandboxPool | None,
         renderer: ChatTemplateRenderer,
         engine: Engine,
         run_dir: Path,
@@ -63,6 +65,7 @@ class RolloutService:
         self.max_context = min(config.max_context, engine.max_context)
         self._env_id = record.env_id
         self._environments = environments
+        self._boxes = boxes  # None: the environment runs no code
         self._versions_dir = versions_dir.resolve()
         self._limits = EpisodeLimits(
             max_turns=rollout.max_turns or record.max_turns,
@@ -113,26 +116,32 @@ class RolloutService:
     ) -> RolloutService:
         """Opens everything. Raises InputError and its kin for what cannot run on this machine, EngineError."""
         record = registry.lookup(config.env.id)
-        kwargs = _env_kwargs(record, config)
+        kwargs = dict(config.env.kwargs)
         # the engine last: it takes longest, and what is wrong with the rest is told at once
         renderer = await asyncio.to_thread(load_renderer, model_folder, config.render.tool_format)
         most = 2 * config.rollout.in_flight  # an evaluation may run beside the collector
-        environments = await asyncio.to_thread(
-            EnvironmentPool, lambda: registry.make(record.env_id, **kwargs), most, config.rollout.max_env_call_s
-        )
+        boxes = await asyncio.to_thread(_box_pool, record, config)
+        if boxes is not None:
+            kwargs["sandbox"] = boxes
+        environments: EnvironmentPool | None = None
         engine: Engine | None = None
         try:
+            environments = await asyncio.to_thread(
+                EnvironmentPool, lambda: registry.make(record.env_id, **kwargs), most, config.rollout.max_env_call_s
+            )
             engine = await engine_factory(config, model_folder)
             vocab_size = vocabulary_size(model_folder, renderer)
-            return cls(config, record, environments, renderer, engine, run_dir, versions_dir, vocab_size)
+            return cls(config, record, environments, boxes, renderer, engine, run_dir, versions_dir, vocab_size)
         except BaseException:
             if engine is not None:
                 await engine.close()
-            await environments.close()
+            if environments is not None:
+                await environments.close()
+            await _close_boxes(boxes)
             raise
 
     async def close(self) -> None:
-        """Ends episodes, environments and engine; idempotent."""
+        """Ends episodes, environments, sandboxes and engine; idempotent."""
         if self._closing:
             return
         self._closing = True
@@ -142,6 +151,7 @@ class RolloutService:
         await self.sessions.close()
         await self.collector.close()
         await self._environments.close()
+        await _close_boxes(self._boxes)
         await self.policy.engine.close()
 
     # ----------------------------------------------------------------------------------------------- the trainer's
@@ -174,7 +184,7 @@ class RolloutService:
             return None
         batch_id = f"step-{step:06d}-{next(self._batches)}"
         self._unacknowledged.add(batch_id)
-        return _to_batch(batch_id, collected)
+        return _to_batch(batch_id, collected, self._boxes.metrics().named() if self._boxes else {})
 
     async def publish(self, version: int, path: str) -> PublishReport:
         """Serves the weights in `path`, which must lie in the versions folder: a request is hostile until checked."""
@@ -283,15 +293,26 @@ class _EvaluationRun:
         )
 
 
-def _env_kwargs(record: registry.EnvRecord, config: ServiceConfig) -> dict[str, Any]:
-    """The environment's arguments; one that runs code in a sandbox is told in which."""
-    kwargs = dict(config.env.kwargs)
-    if "sandbox" in inspect.signature(record.env_class).parameters:
-        kwargs.setdefault("sandbox", config.sandbox.tier)
-    return kwargs
+def _box_pool(record: registry.EnvRecord, config: ServiceConfig) -> SandboxPool | None:
+    """Where the environment's boxes come from; None for one that runs no code. Raises UnavailableError."""
+    if "sandbox" not in inspect.signature(record.env_class).parameters:
+        return None
+    settings = config.sandbox
+    host = None
+    if settings.docker_host is not None:
+        from agentgym.sandbox.docker_host import DockerHost  # Docker's client is loaded by those who use it
+
+        host = DockerHost(settings.docker_host, settings.docker_tls)
+    tier = config.env.kwargs.get("sandbox", settings.tier)
+    return SandboxPool(tier, warm=settings.warm, starters=settings.starters, host=host)
 
 
-def _to_batch(batch_id: str, collected: CollectedBatch) -> Batch:
+async def _close_boxes(boxes: SandboxPool | None) -> None:
+    if boxes is not None:
+        await asyncio.to_thread(boxes.close)
+
+
+def _to_batch(batch_id: str, collected: CollectedBatch, box_metrics: Mapping[str, float]) -> Batch:
     groups = tuple(
         Group(
             group.group_id,
@@ -302,7 +323,7 @@ def _to_batch(batch_id: str, collected: CollectedBatch) -> Batch:
         )
         for group, task in zip(collected.groups, collected.tasks, strict=True)
     )
-    metrics = dict(collected.metrics)
+    metrics = {**collected.metrics, **box_metrics}
     rows = [row for group in groups for member in group.members for row in member.sequences]
     metrics["rows"] = float(len(rows))
     metrics["delivered_fraction"] = sum(row.num_loss_tokens for row in rows) / max(metrics["sampled_tokens"], 1.0)

@@ -9,6 +9,7 @@ with that many problems that are solved already, the same ones every time.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,21 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 
 from agentgym.env import ToolEnv
-from agentgym.errors import InputError
+from agentgym.errors import InputError, SandboxDiedError, SandboxError
 from agentgym.messages import Message, call
-from agentgym.sandbox.choose import choose_tier, open_sandbox
 from agentgym.sandbox.interpreter import PythonInterpreter
+from agentgym.sandbox.pool import BoxSource, box_source
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
 from agentgym.tools import tool
 
 Level = Literal["easy", "standard"]
 CALL_S = 10.0  # of one run of the policy's code
-OUTPUT_BYTES = 4096
+SPEC = SandboxSpec(output_limit=4096)
+BOX_LOST = (
+    "[the sandbox ended, perhaps for its memory or its processes; a new one took its place, all variables are lost]"
+)
 _SUBMITTED = "submitted"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +56,24 @@ EXAMPLES = (
 
 class PythonMath(ToolEnv):
     """Solve a problem with `python(code)`, answer with `submit(answer)`. The box is opened at the first use in an
-    episode and never outlives it into the next one."""
+    episode and never outlives it into the next one.
+
+    Whose failure is it when a box is lost? Once the policy's code ran in it, the policy's: it is told so, as text, and
+    goes on in a new box, for a failed episode would be a way out of a bad one. A box that cannot be had, or that fails
+    before any of the policy's code ran in it, is the infrastructure's failure and fails the episode.
+    """
 
     blocking: ClassVar[bool] = True
     reward_weights = {"correct": 1.0}  # noqa: RUF012
 
     problem: Problem
 
-    def __init__(self, sandbox: Tier = "auto", *, level: Level = "standard", worked_examples: int = 0) -> None:
-        """`worked_examples` puts that many solved problems (at most 3) before the episode's own: a question, a call
+    def __init__(
+        self, sandbox: Tier | BoxSource = "auto", *, level: Level = "standard", worked_examples: int = 0
+    ) -> None:
+        """`sandbox` is a tier, or where the boxes come from (a pool).
+
+        `worked_examples` puts that many solved problems (at most 3) before the episode's own: a question, a call
         of python, what it printed, a call of submit. A policy that calls no tool from its description alone imitates
         them; no code of an example is run.
 
@@ -72,9 +86,11 @@ class PythonMath(ToolEnv):
         if not 0 <= worked_examples <= len(EXAMPLES):
             raise InputError(f"worked_examples must be 0 to {len(EXAMPLES)}, got {worked_examples!r}")
         self._examples = [message for problem in EXAMPLES[:worked_examples] for message in solved(problem)]
-        self._tier = choose_tier(sandbox)
+        self._boxes = box_source(sandbox)
+        self._boxes.prefetch(SPEC)
         self._box: Sandbox | None = None
         self._interpreter: PythonInterpreter | None = None
+        self._boxes_closed = 0
 
     def reset_task(self, task: str, rng: np.random.Generator) -> Sequence[Message]:
         self._close_box()
@@ -88,10 +104,14 @@ class PythonMath(ToolEnv):
         Args:
             code: the code; print what you want to see.
         """
-        if self._interpreter is None:
-            self._box = open_sandbox(self._tier, SandboxSpec(output_limit=OUTPUT_BYTES))
-            self._interpreter = PythonInterpreter(self._box)
-        return self._interpreter.run(code, timeout_s=CALL_S).text or "(nothing was printed)"
+        interpreter = self._interpreter or self._open_box()
+        try:
+            return interpreter.run(code, timeout_s=CALL_S).text or "(nothing was printed)"
+        except SandboxError as error:
+            log.warning("a sandbox was lost to the code in it: %s", error)
+            self._close_box()
+            self._open_box()
+            return BOX_LOST
 
     @tool
     def submit(self, answer: int) -> str:
@@ -107,7 +127,25 @@ class PythonMath(ToolEnv):
     def close(self) -> None:
         self._close_box()
 
+    def _open_box(self) -> PythonInterpreter:
+        """A box with an interpreter that answered: what goes wrong from then on is the policy's doing."""
+        closed = self._boxes_closed
+        self._box = self._boxes.open(SPEC)
+        if self._boxes_closed != closed:  # who waited for it was given up meanwhile, and closed this environment
+            self._close_box()
+            raise SandboxDiedError("the episode ended while its sandbox was opened")
+        try:
+            interpreter = PythonInterpreter(self._box)
+            if not (first := interpreter.run("", timeout_s=CALL_S)).ok:
+                raise SandboxError(f"the interpreter in sandbox {self._box.name} does not work: {first.text}")
+        except SandboxError:
+            self._close_box()
+            raise
+        self._interpreter = interpreter
+        return interpreter
+
     def _close_box(self) -> None:
+        self._boxes_closed += 1
         box, self._box, self._interpreter = self._box, None, None
         if box is not None:
             box.close()
