@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 access = logging.getLogger("agentgym.server.access")
 CLIENT_GONE = 499  # what nginx writes; nobody receives it
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+_SESSION_READS = re.compile(r"/v1(/sessions/[^/]+)?/models(/.*)?|/v1/sessions/[^/]+")
+_SESSION_CHATS = re.compile(r"/v1(/sessions/[^/]+)?/chat/completions")
 CUT_S = 1.0  # for requests that are cut off to say so
 WAITING_REPORT_S = 2.0  # between two lines on what a drain waits for
 
@@ -153,11 +156,8 @@ class Door:
         """A session's bearer is in the hands of the policy's agent: it chats, and looks at its session."""
         if visit.principal is None or visit.principal.role != "session":
             return
-        own = f"/v1/sessions/{visit.principal.session_id}"
-        base = own if path == own or path.startswith(own + "/") else "/v1"
-        rest = path.removeprefix(base)
-        reads = method in ("GET", "HEAD") and (rest == "/models" or rest.startswith("/models/") or path == own)
-        if not reads and not (method == "POST" and rest == "/chat/completions"):
+        allowed = _SESSION_READS if method in ("GET", "HEAD") else _SESSION_CHATS if method == "POST" else None
+        if allowed is None or not allowed.fullmatch(path):  # whose session the path names, its handler looks at
             raise _Refused(403, "ServiceError", "a session's key chats, and sees its own session", "forbidden")
 
     def _admit(self, visit: Visit) -> None:
@@ -256,6 +256,8 @@ class _Sender:
         if last and self._visit.status < 400 and not self._visit.failed:
             for sent in self._visit.when_sent:
                 sent()
+        if last:  # at once: the caller has its answer, and its next request must find everything put away
+            await self._visit.after.aclose()
 
 
 def _ending() -> _Refused:
