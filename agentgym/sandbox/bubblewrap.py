@@ -42,54 +42,62 @@ class BubblewrapProcess:
     def __init__(
         self,
         command: Sequence[str],
-        streams: socket.socket,
         *,
         uid: int | None = None,
         entrances: Sequence[str] = (),
         seccomp: bytes | None = None,
         tell_pid: bool = False,
     ) -> None:
-        self._streams = streams
-        self._given: list[int] = []  # descriptors for bubblewrap
+        self._command = command
+        self._starter, self._user = identity(uid)
+        self._starter = [*enter(entrances), *self._starter]
+        self._seccomp = seccomp
+        self._tell_pid = tell_pid
         self._info_read = -1
-        wired: list[str] = []
-        if seccomp is not None:
-            wired += ["--seccomp", str(self._give_bytes(seccomp))]
-        if tell_pid:
-            self._info_read, write = os.pipe()
-            self._given.append(write)
-            wired += ["--info-fd", str(write)]
-        prefix, self._user = identity(uid)
-        self._command = [*enter(entrances), *prefix, *command[:1], *wired, *command[1:]]
         self._started = threading.Event()
         self._failure: OSError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._complaint = b""
-        self._thread = threading.Thread(target=self._keep, name="agentgym-box", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Returns when bubblewrap was started."""
-        self._thread.start()
-        self._started.wait()
-        if self._failure:
-            raise SandboxError(f"bubblewrap cannot be started: {self._failure}") from self._failure
+    def start(self) -> socket.socket:
+        """Returns when bubblewrap was started; our end of the box's standard input and output. OSError, or RuntimeError
+        for a thread too many: something ran out."""
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            ours, streams = socket.socketpair()
+            undo.callback(ours.close)
+            theirs.callback(streams.close)
+            wired: list[str] = []
+            given: list[int] = []
+            if self._seccomp is not None:
+                given.append(readable(self._seccomp))
+                theirs.callback(os.close, given[-1])
+                wired += ["--seccomp", str(given[-1])]
+            if self._tell_pid:
+                self._info_read, write = os.pipe()
+                given.append(write)
+                theirs.callback(os.close, write)
+                wired += ["--info-fd", str(write)]
+            command = [*self._starter, *self._command[:1], *wired, *self._command[1:]]
+            thread = threading.Thread(
+                target=self._keep, args=(command, streams, given), name="agentgym-box", daemon=True
+            )
+            thread.start()
+            self._thread = thread
+            self._started.wait()
+            if self._failure:
+                raise self._failure
+            undo.pop_all()
+            return ours
 
-    def _give_bytes(self, data: bytes) -> int:
-        """A descriptor from which these few bytes are read."""
-        read, write = os.pipe()
-        os.write(write, data)
-        os.close(write)
-        self._given.append(read)
-        return read
-
-    def _keep(self) -> None:
+    def _keep(self, command: list[str], streams: socket.socket, given: list[int]) -> None:
         try:
             process = subprocess.Popen(
-                self._command,
-                stdin=self._streams.fileno(),
-                stdout=self._streams.fileno(),
+                command,
+                stdin=streams.fileno(),
+                stdout=streams.fileno(),
                 stderr=subprocess.PIPE,
-                pass_fds=self._given,
+                pass_fds=given,
                 env={},
                 cwd="/",
                 start_new_session=True,
@@ -99,13 +107,8 @@ class BubblewrapProcess:
             )
         except OSError as error:
             self._failure = error
+            self._started.set()
             return
-        finally:
-            self._streams.close()
-            for fd in self._given:
-                os.close(fd)
-            if self._failure:
-                self._started.set()
         self._process = process
         self._started.set()
         assert process.stderr is not None
@@ -128,7 +131,7 @@ class BubblewrapProcess:
 
     def epitaph(self) -> str:
         """How it ended, with what bubblewrap said."""
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread:
             self._thread.join(1.0)
         code = self._process.poll() if self._process else None
         said = self._complaint.decode(errors="replace").strip()
@@ -140,13 +143,21 @@ class BubblewrapProcess:
 
     def end(self) -> None:
         """Kills it and with it everything in the box; returns when it is gone."""
-        if self._process is not None:
+        if self._process and self._thread:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGKILL)
             self._thread.join(10.0)
         if self._info_read >= 0:
             os.close(self._info_read)
             self._info_read = -1
+
+
+def readable(data: bytes) -> int:
+    """A descriptor from which these few bytes are read."""
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    return read
 
 
 def enter(entrances: Sequence[str]) -> list[str]:

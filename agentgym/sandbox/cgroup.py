@@ -11,8 +11,10 @@ its cgroups, and in version 2 its first process is moved while it starts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from agentgym.errors import SandboxError
@@ -20,6 +22,7 @@ from agentgym.sandbox.spec import SandboxSpec
 
 ROOT = Path("/sys/fs/cgroup")
 CPU_PERIOD_US = 100_000
+RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 LEAVING_S = 2.0  # how long the last processes may take to leave
 
 
@@ -29,19 +32,24 @@ class Cgroup:
     Example: `Cgroup.create("agentgym-1a2b", SandboxSpec()).limits == {"memory": "cgroup v2", "pids": "cgroup v2"}`.
     """
 
-    def __init__(self, folders: list[Path], limits: dict[str, str], *, joined_by_itself: bool) -> None:
+    def __init__(self, folders: Sequence[Path], limits: dict[str, str], *, joined_by_itself: bool) -> None:
         self._folders = folders
         self._joined_by_itself = joined_by_itself
         self.limits = limits
 
     @classmethod
     def create(cls, name: str, spec: SandboxSpec) -> Cgroup | None:
-        """Makes what can be made; None if neither memory nor processes can be limited."""
+        """Makes what may be made; None if neither memory nor processes can be limited. OSError where something ran out:
+        a box must not start with less because there are many."""
         unified = (ROOT / "cgroup.controllers").exists()
-        folders, limits = _version_2(name, spec) if unified else _version_1(name, spec)
-        if not limits:
-            return None
-        return cls(folders, limits, joined_by_itself=not unified)
+        made: list[Path] = []
+        try:
+            limits = _version_2(name, spec, made) if unified else _version_1(name, spec, made)
+        except OSError:
+            for folder in made:
+                folder.rmdir()
+            raise
+        return cls(made, limits, joined_by_itself=not unified) if limits else None
 
     @property
     def entrances(self) -> list[str]:
@@ -77,7 +85,7 @@ class Cgroup:
                     break
 
 
-def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
+def _version_2(name: str, spec: SandboxSpec, made: list[Path]) -> dict[str, str]:
     settings = {
         "memory": {"memory.max": str(spec.memory_mb * 2**20), "memory.swap.max": "0"},
         "pids": {"pids.max": str(spec.pids)},
@@ -90,18 +98,17 @@ def _version_2(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
             with contextlib.suppress(OSError):
                 (parent / "cgroup.subtree_control").write_text(f"+{controller}")
         folder = parent / name
-        try:
-            folder.mkdir()
-        except OSError:
+        if not _make(folder, made):
             continue
         limits = {kind: "cgroup v2" for kind, files in settings.items() if _write(folder, files)}
         if "memory" in limits and "pids" in limits and os.access(parent / "cgroup.procs", os.W_OK):
-            return [folder], limits
+            return limits
+        made.remove(folder)
         folder.rmdir()
-    return [], {}
+    return {}
 
 
-def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]]:
+def _version_1(name: str, spec: SandboxSpec, made: list[Path]) -> dict[str, str]:
     memory = str(spec.memory_mb * 2**20)
     settings = {
         "memory": ("memory", {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}),
@@ -111,21 +118,29 @@ def _version_1(name: str, spec: SandboxSpec) -> tuple[list[Path], dict[str, str]
             {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": str(int(spec.cpus * CPU_PERIOD_US))},
         ),
     }
-    folders: list[Path] = []
     limits: dict[str, str] = {}
     own = _own_cgroups()
     for kind, (controller, files) in settings.items():
         folder = ROOT / controller / own.get(controller, "/").lstrip("/") / name
-        try:
-            folder.mkdir()
-        except OSError:
+        if not _make(folder, made):
             continue
         if _write(folder, files) and os.access(folder / "tasks", os.W_OK):
-            folders.append(folder)
             limits[kind] = "cgroup v1"
         else:
+            made.remove(folder)
             folder.rmdir()
-    return folders, limits
+    return limits
+
+
+def _make(folder: Path, made: list[Path]) -> bool:
+    try:
+        folder.mkdir()
+    except OSError as error:
+        if error.errno in RAN_OUT:
+            raise
+        return False
+    made.append(folder)
+    return True
 
 
 def _write(folder: Path, files: dict[str, str]) -> bool:
@@ -137,7 +152,9 @@ def _write(folder: Path, files: dict[str, str]) -> bool:
             return False
         try:
             (folder / file).write_text(value)
-        except OSError:
+        except OSError as error:
+            if error.errno in RAN_OUT:
+                raise
             return False
     return True
 

@@ -12,14 +12,13 @@ import contextlib
 import functools
 import os
 import platform
-import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from agentgym.errors import SandboxDiedError, UnavailableError
+from agentgym.errors import AgentGymError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import cgroup, seccomp
 from agentgym.sandbox.box import WorkerSandbox
 from agentgym.sandbox.bubblewrap import (
@@ -64,8 +63,8 @@ class NamespaceSandbox(WorkerSandbox):
             )
         bwrap = find_bubblewrap()
         python, prefix = find_python()
-        uid = _host_uid(spec.uid)
-        with contextlib.ExitStack() as undo:
+        with _typed(), contextlib.ExitStack() as undo:
+            uid = _host_uid(spec.uid)
             name = owner().new_name("namespace", spec)
             undo.callback(owner().forget, name)
             made = cgroup.Cgroup.create(name, spec)
@@ -73,21 +72,18 @@ class NamespaceSandbox(WorkerSandbox):
                 undo.callback(made.remove)
             entrances = made.entrances if made and (uid is None or setpriv()) else []
             limits = _limits(spec, made.limits if made else {}, bwrap)
-            ours, theirs = socket.socketpair()
-            undo.callback(ours.close)
             process = BubblewrapProcess(
                 [bwrap, *_options(bwrap, spec, python, prefix)],
-                theirs,
                 uid=uid,
                 entrances=entrances,
                 seccomp=seccomp.program(platform.machine()) if limits["seccomp"] == "filter" else None,
                 tell_pid=made is not None and not entrances,
             )
             undo.callback(process.end)
-            super().__init__("namespace", name, spec, SocketChannel(ours, process.epitaph), limits)
+            channel = SocketChannel(process.start(), process.epitaph)
+            super().__init__("namespace", name, spec, channel, limits)
             undo.callback(self._client.close)
             try:
-                process.start()
                 if made and not entrances:  # nothing of the box has run yet: the worker itself is sent after this
                     made.add(process.worker_pid())
                 rlimits = _rlimits(spec, limits)
@@ -103,6 +99,17 @@ class NamespaceSandbox(WorkerSandbox):
 
     def _end(self) -> None:
         self._undo.close()
+
+
+@contextlib.contextmanager
+def _typed() -> Iterator[None]:
+    """What runs out while a box is started (descriptors, threads, room for its lease), said as ours."""
+    try:
+        yield
+    except AgentGymError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise SandboxError(f"a namespace box cannot be started: {error}") from error
 
 
 def namespace_problem() -> str | None:

@@ -152,3 +152,21 @@ def test_a_cgroup_that_stays_in_use_is_left_to_the_reaper(kernel, monkeypatch: p
 def test_no_cgroups_at_all(kernel) -> None:
     kernel(lambda _: ())
     assert cgroup.Cgroup.create("agentgym-1-b", SPEC) is None
+
+
+def test_what_ran_out_is_an_error_and_no_lesser_limit(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = kernel(lambda path: VERSION_1.get(path.parent.name, ()))
+    for controller in VERSION_1:
+        (root / controller).mkdir()
+    monkeypatch.setattr(cgroup, "_own_cgroups", dict)
+    write = Path.write_text
+
+    def write_text(path: Path, text: str) -> int:
+        if path.name == "cpu.cfs_quota_us" and text != "max":
+            raise OSError(24, "Too many open files")
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(OSError, match="Too many open files"):
+        cgroup.Cgroup.create("agentgym-1-b", SPEC)
+    assert not any((root / controller / "agentgym-1-b").exists() for controller in VERSION_1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.errors import InputError, SandboxDiedError, UnavailableError
+from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, cgroup, namespace, open_sandbox
 from agentgym.sandbox.namespace import namespace_problem
 from agentgym.sandbox.spec import VERIFIER_UID
@@ -300,3 +302,33 @@ def test_a_program_that_is_no_bubblewrap(play_bubblewrap) -> None:
     with pytest.raises((UnavailableError, SandboxDiedError), match=r"knows no --size|bubblewrap ended with code 0"):
         open_sandbox("namespace")
     assert cgroups_of_this_process() == []
+
+
+def test_an_owner_without_descriptors_left() -> None:
+    """Wherever they run out: a typed error, and nothing is left behind."""
+    open_sandbox("namespace").close()  # what is made once a process is made
+    before = sorted(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    messages: list[str] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 20, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(2))
+        for _ in range(15):  # one more to spare each time
+            try:
+                open_sandbox("namespace").close()
+            except SandboxError as error:
+                messages.append(str(error))
+            os.close(taken.pop())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
+    assert 2 < len(messages) < 15
+    assert all("Too many open files" in message for message in messages), messages
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert cgroups_of_this_process() == []
+    with open_sandbox("namespace") as box:
+        assert box.exec("echo alive").stdout == b"alive\n"
