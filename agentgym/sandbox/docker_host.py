@@ -173,7 +173,7 @@ def no_daemon(host: DockerHost, error: Exception, said: str = "") -> Unavailable
     mend = "start it (systemctl start docker), point DOCKER_HOST at it"
     if isinstance(cause, PermissionError):
         mend = "let this user speak to it (usermod -aG docker USER), use rootless Docker"
-    elif isinstance(cause, ssl.SSLError):
+    elif host.tls is not None and not isinstance(cause, (ConnectionRefusedError, TimeoutError, socket.gaierror)):
         mend = "give both sides certificates of the same authority (ca.pem, cert.pem, key.pem in DOCKER_CERT_PATH)"
     elif host.parts.scheme == "ssh":
         mend = f"see that `ssh {host.parts.netloc} docker version` works without asking anything"
