@@ -57,8 +57,9 @@ class VersionedPolicy:
     Example: `completion = await VersionedPolicy(engine).complete([5, 9], SamplingParams(max_tokens=8, seed=7))`.
     """
 
-    def __init__(self, engine: Engine, *, report_after_s: float = 30.0) -> None:
+    def __init__(self, engine: Engine, *, publish_mode: PublishMode = "abort", report_after_s: float = 30.0) -> None:
         self.engine = engine
+        self._publish_mode: PublishMode = publish_mode
         self._report_after_s = report_after_s  # a wait at the closed gate that lasts longer is logged
         self._published = {engine.policy_version}
         self._turn = asyncio.Lock()
@@ -123,13 +124,14 @@ class VersionedPolicy:
             if not self._sampling:
                 self._drained.set()
 
-    async def publish(self, update: WeightUpdate, mode: PublishMode = "abort") -> PublishReport:
-        """Serves `update` from now on; one publication at a time, in the order of the calls.
+    async def publish(self, update: WeightUpdate, mode: PublishMode | None = None) -> PublishReport:
+        """Serves `update` from now on; one publication at a time, in the order of the calls. `mode` is that of this
+        policy where none is given.
 
         Raises VersionError or EngineError, and then the old version goes on being served. A cancelled caller does not
         stop a publication half-way.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._counted(update, mode)))
+        return await asyncio.shield(asyncio.ensure_future(self._counted(update, mode or self._publish_mode)))
 
     async def _counted(self, update: WeightUpdate, mode: PublishMode) -> PublishReport:
         try:

@@ -12,7 +12,6 @@ a layer on the CPU when it is whole, so whoever sends names sends all names of a
 from __future__ import annotations
 
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any

@@ -61,7 +61,7 @@ class RolloutService:
         self.model_name = config.model.name
         self.vocab_size = vocab_size  # ids that the model can read
         self.renderer = renderer
-        self.policy = VersionedPolicy(engine)
+        self.policy = VersionedPolicy(engine, publish_mode=config.engine.publish_mode)
         self.max_context = min(config.max_context, engine.max_context)
         self._env_id = record.env_id
         self._environments = environments

@@ -27,8 +27,9 @@ def update(version: int) -> WeightUpdate:
     return WeightUpdate(version, Path(f"{version:06d}.safetensors"))
 
 
-def assert_lawful(prompt: list[int], completion: Completion, params: SamplingParams) -> None:
-    """Every token: the logprob of its version's distribution at its prefix; versions monotone; keys never stale."""
+def assert_lawful(prompt: list[int], completion: Completion, params: SamplingParams, *, stale: bool = False) -> None:
+    """Every token: the logprob of its version's distribution at its prefix; versions monotone; keys never stale, or
+    known to be."""
     context = list(prompt)
     for token, logprob, version in zip(
         completion.token_ids, completion.logprobs, completion.policy_versions, strict=True
@@ -36,7 +37,12 @@ def assert_lawful(prompt: list[int], completion: Completion, params: SamplingPar
         assert logprob == pytest.approx(log_distribution(LOGITS(version, context), params.temperature)[token])
         context.append(token)
     assert list(completion.policy_versions) == sorted(completion.policy_versions)
-    assert completion.kv_versions == completion.policy_versions
+    if stale:
+        assert all(
+            kv <= version for kv, version in zip(completion.kv_versions, completion.policy_versions, strict=True)
+        )
+    else:
+        assert completion.kv_versions == completion.policy_versions
     stopped = bool(completion.token_ids) and completion.token_ids[-1] in params.stop_token_ids
     assert completion.finish_reason == ("stop" if stopped else "length")
     assert stopped or len(completion.token_ids) == params.max_tokens
@@ -305,5 +311,88 @@ def test_a_dead_engine_ends_waiters_and_errors_pass_through() -> None:
             await policy.publish(update(1))
         with pytest.raises(EngineDiedError):
             await asyncio.wait_for(policy.complete([1], SamplingParams(max_tokens=2)), 5)
+
+    asyncio.run(main())
+
+
+class Stream:
+    """Hears tokens as they come, and compares them with the completion at the end."""
+
+    def __init__(self) -> None:
+        self.tokens: list[tuple[int, float, int, int]] = []
+
+    def __call__(self, ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
+        self.tokens += [(token, logprob, version, kv_version) for token, logprob in zip(ids, logprobs, strict=True)]
+
+    def assert_is(self, completion: Completion) -> None:
+        columns = completion.token_ids, completion.logprobs, completion.policy_versions, completion.kv_versions
+        assert self.tokens == list(zip(*columns, strict=True))
+
+
+def test_a_kept_request_goes_on_under_new_weights_and_says_that_its_keys_are_old() -> None:
+    async def main() -> None:
+        script = {
+            3: lambda: asyncio.ensure_future(policy.publish(update(5), "keep")),
+            7: lambda: asyncio.ensure_future(policy.publish(update(6), "keep")),
+        }
+        engine = ScriptedEngine(LOGITS, policy_version=4, script=script)
+        policy = VersionedPolicy(engine)
+        params, stream = SamplingParams(max_tokens=10, seed=1), Stream()
+        completion = await policy.complete([1, 2], params, stream)
+        assert completion.policy_versions == (4,) * 3 + (5,) * 4 + (6,) * 3
+        assert completion.kv_versions == (4,) * 10
+        assert (await engine.stats()).prefilled_tokens == 2  # it was never begun again
+        assert_lawful([1, 2], completion, params, stale=True)
+        stream.assert_is(completion)
+        after = await policy.complete([1, 2], params)
+        assert after.kv_versions == after.policy_versions == (6,) * 10
+
+    asyncio.run(main())
+
+
+def test_waiting_lets_running_requests_end_and_holds_new_ones_back() -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(LOGITS, latency_s=lambda: 0.001)
+        policy = VersionedPolicy(engine, publish_mode="wait")
+        running = asyncio.ensure_future(policy.complete([1], SamplingParams(20, seed=1)))
+        await asyncio.sleep(0.005)
+        publishing = asyncio.ensure_future(policy.publish(update(1)))
+        await asyncio.sleep(0)
+        late = asyncio.ensure_future(policy.complete([1], SamplingParams(3, seed=1)))
+        report = await publishing
+        assert running.done()
+        assert (await running).policy_versions == (0,) * 20
+        assert (await late).policy_versions == (1,) * 3
+        assert report.mode == "wait"
+        assert report.pause_s < 0.01 < report.total_s
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_interleaving_of_modes_keeps_the_law_and_streams_what_it_returns(seed: int) -> None:
+    async def main() -> None:
+        rng = random.Random(seed)
+        refused = frozenset(version for version in range(1, 20) if rng.random() < 0.2)
+        engine = ScriptedEngine(LOGITS, latency_s=lambda: rng.choice([0.0, 0.0005]), load_s=0.0005, refused=refused)
+        policy = VersionedPolicy(engine)
+
+        async def episode(index: int) -> None:
+            await asyncio.sleep(rng.random() * 0.01)
+            params, stream = SamplingParams(rng.randint(1, 30), 1.0, (VOCAB - 1,), seed=index), Stream()
+            completion = await policy.complete([index % VOCAB], params, stream)
+            assert_lawful([index % VOCAB], completion, params, stale=True)
+            stream.assert_is(completion)
+
+        async def publisher() -> None:
+            for version in range(1, 20):
+                await asyncio.sleep(rng.random() * 0.002)
+                try:
+                    await policy.publish(update(version), rng.choice(["abort", "wait", "keep"]))
+                except EngineError:
+                    assert version in refused
+
+        await asyncio.wait_for(asyncio.gather(publisher(), *(episode(index) for index in range(16))), 20)
+        assert (await engine.stats()).running == 0
 
     asyncio.run(main())

@@ -227,3 +227,29 @@ def test_thousands_of_short_requests_a_second_are_carried(model_of) -> None:
             assert all(len(segment.token_ids) == 1 for segment in segments)
 
     asyncio.run(main())
+
+
+def test_tokens_and_kept_spans_come_over_the_socket(model_of, perturbed) -> None:
+    folder, model = model_of("llama")
+    path, _ = perturbed(model, 1)
+
+    async def main() -> None:
+        async with started(folder) as engine:
+            policy = VersionedPolicy(engine)
+            heard: list[tuple[int, float, int, int]] = []
+            begun = asyncio.Event()
+
+            def hear(ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
+                heard.extend((token, value, version, kv_version) for token, value in zip(ids, logprobs, strict=True))
+                begun.set()
+
+            running = asyncio.ensure_future(policy.complete([1, 2], SamplingParams(90, seed=1), hear))
+            await begun.wait()
+            await policy.publish(WeightUpdate(1, path), "keep")
+            completion = await running
+            columns = completion.token_ids, completion.logprobs, completion.policy_versions, completion.kv_versions
+            assert heard == list(zip(*columns, strict=True))
+            assert set(completion.policy_versions) == {0, 1}
+            assert set(completion.kv_versions) == {0}
+
+    asyncio.run(main())

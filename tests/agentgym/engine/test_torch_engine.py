@@ -436,3 +436,67 @@ def test_a_folder_without_all_weights_is_refused(tmp_path: Path, model_of) -> No
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EngineError, match=r"lacks weights.*model\.layers\.1\.mlp"):
         TorchEngine(tmp_path, slots=1, max_context=8)
+
+
+def test_tokens_are_heard_as_they_come_and_are_those_of_the_segment(model_of) -> None:
+    async def main() -> None:
+        async with engine_of(model_of("llama")[0]) as engine:
+            heard: list[tuple[int, float]] = []
+            chunks: list[int] = []
+
+            def hear(ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
+                assert (version, kv_version) == (0, 0)
+                heard.extend(zip(ids, logprobs, strict=True))
+                chunks.append(len(ids))
+
+            def fail(*_: object) -> None:
+                raise RuntimeError("a listener that fails is its caller's trouble, and nobody else's")
+
+            asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+            broken = asyncio.ensure_future(engine.sample([3], SamplingParams(40, seed=2), fail))
+            (segment,) = await engine.sample([1, 2], SamplingParams(40, seed=1), hear)
+            assert heard == list(zip(segment.token_ids, segment.logprobs, strict=True))
+            assert len(chunks) > 20
+            assert len((await broken)[0].token_ids) == 40
+
+    asyncio.run(main())
+
+
+def test_kept_requests_run_on_with_old_keys_that_nobody_else_gets(model_of, perturbed) -> None:
+    """What is sampled before the switch is version 0's forward; behind it neither's, which kv_versions say; and new
+    requests that begin alike share nothing with stale rows."""
+    folder, model = model_of("llama")
+    path, twin = perturbed(model, 1)
+    prompt = [(5 * index) % VOCAB for index in range(24)]
+
+    async def main() -> None:
+        async with engine_of(folder, slots=4) as engine:
+            policy = VersionedPolicy(engine)
+            running = [
+                asyncio.ensure_future(policy.complete(prompt, SamplingParams(60, seed=seed))) for seed in range(5)
+            ]
+            while (await engine.stats()).sampled_tokens < 40:
+                await asyncio.sleep(0.001)
+            await policy.publish(WeightUpdate(1, path), "keep")
+            late = asyncio.ensure_future(policy.complete(prompt, SamplingParams(30, seed=9)))
+            stale = 0
+            for completion in await asyncio.gather(*running):
+                recorded = torch.tensor(completion.logprobs)
+                off = [
+                    (recorded - forward(each, prompt, completion.token_ids, 1.0)).abs().numpy()
+                    for each in (model, twin)
+                ]
+                versions, keys = np.array(completion.policy_versions), np.array(completion.kv_versions)
+                mixed = keys < versions
+                assert (off[0][versions == 0] < TOLERANCE).all()
+                assert (off[1][keys == 1] < TOLERANCE).all()
+                if mixed.any():
+                    assert off[1][mixed].max() > 0.01
+                    stale += int(mixed.sum())
+            assert stale > 20
+            assert_recorded(twin, prompt, await late)
+            again = await policy.complete(prompt, SamplingParams(5, seed=1))
+            assert again.kv_versions == (1,) * 5
+            assert_recorded(twin, prompt, again)
+
+    asyncio.run(main())
