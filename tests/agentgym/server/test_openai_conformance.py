@@ -143,7 +143,7 @@ def test_a_stop_string_cuts_the_text_and_never_the_tokens(client: openai.OpenAI,
     assert ids == free["token_ids"][: len(ids)]  # what was sampled, with the token that completed the stop string
     assert word in decode(ids)
     assert word not in decode(ids[:-1])
-    (by_id,) = told(client.chat.completions.create(**asked, extra_body=OURS | {"stop_token_ids": [ids[-1]]}))
+    (by_id,) = told(client.chat.completions.create(**asked | {"extra_body": OURS | {"stop_token_ids": [ids[-1]]}}))
     assert (by_id["token_ids"], by_id["finish_reason"]) == (ids[: ids.index(ids[-1]) + 1], "stop")
 
 
