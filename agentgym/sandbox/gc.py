@@ -31,7 +31,7 @@ from agentgym.sandbox.leftovers import (
 )
 
 Holder = Literal["alive", "dead", "unknown"]
-TASK_IMAGE = "agentgym.task"  # the label of an image that was built from a task's folder
+TASK_IMAGE = "agentgym.image=task"  # what images.py labels an image with that it built from a task's folder
 FRESH_S = 60.0  # a lease that was renewed so lately may belong to an owner that has just died
 HALF_MADE_S = 60.0
 OWNER_OF_BOX = re.compile(r"agentgym-(\d+-[0-9a-f]{8})[0-9a-f]{6}(?![0-9a-f])")
@@ -82,7 +82,7 @@ def collect_garbage(
     runtime = runtime_folder()
     for lease in leases(runtime):
         if lease.readable and not lease.alive:
-            collect_owner(lease.folder, settle_s if _is_fresh(lease) else 0.0, removed)
+            collect_owner(lease.folder, settle_s if lease.silent_s() < FRESH_S else 0.0, removed)
     _remove_half_made(runtime, removed)
     surveyed = _Survey()
     for daemon, containers in surveyed.containers("agentgym.box"):
@@ -113,9 +113,12 @@ class _Survey:
         self.problems: list[str] = []
 
     def containers(self, label: str) -> Iterator[tuple[DaemonHttp, list[dict[str, Any]]]]:
-        """Of every daemon that a lease names, and of the environment's. The latter may well not be there."""
+        """Of every daemon that holds boxes, and of the environment's. The latter may well not be there."""
         url, tls = default_daemon()
-        daemons = {daemon.url: daemon for lease in self.leases for daemon in lease.daemons()}
+        daemons: dict[str, DaemonHttp] = {}
+        for lease in self.leases:
+            used = {box.get("daemon") for box in lease.boxes().values()}
+            daemons |= {daemon.url: daemon for name, daemon in lease.daemons().items() if name in used}
         is_named = url in daemons
         daemons.setdefault(url, DaemonHttp(url, tls))
         for daemon in daemons.values():
@@ -203,13 +206,6 @@ def _remove_half_made(runtime: Path, removed: Removed) -> None:
         if time.time() - folder.stat().st_mtime > HALF_MADE_S:
             shutil.rmtree(folder, ignore_errors=True)
             removed.leases.append(folder.name)
-
-
-def _is_fresh(lease: Lease) -> bool:
-    try:
-        return time.time() - (lease.folder / "lease").stat().st_mtime < FRESH_S
-    except FileNotFoundError:
-        return False
 
 
 def _is_absent(url: str) -> bool:

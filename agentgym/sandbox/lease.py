@@ -66,7 +66,7 @@ class Owner:
         self._changed = threading.Condition()
         self._kept: dict[str, _Kept] = {}
         self._tiers: dict[str, str] = {}
-        self._daemons: set[tuple[str, str]] = set()
+        self._daemons: dict[tuple[str, str], str] = {}
         self._reaper_start: subprocess.Popen[bytes] | None = None
         self.ensure_reaper()
         threading.Thread(target=self._renew_for_ever, name="agentgym-leases", daemon=True).start()
@@ -75,10 +75,10 @@ class Owner:
         """The name of a box that does not exist yet, written down. `daemon`: the URL of the Docker daemon that will
         hold it, with the folder of its TLS keys; None: the one that the environment names, or none is needed."""
         name = f"agentgym-{self.owner_id}{secrets.token_hex(3)}"
-        if tier != "namespace":
-            self._use_daemon(*((daemon, tls) if daemon else default_daemon()))
+        used = None if tier == "namespace" else self._use_daemon(*((daemon, tls) if daemon else default_daemon()))
         record = {
             "tier": tier,
+            "daemon": used,
             "image": spec.image if tier != "namespace" else "",
             "relaxed": spec.relaxations,
             "created": time.time(),
@@ -149,14 +149,16 @@ class Owner:
         """In a forked child: the lock is the parent's alone."""
         os.close(self._descriptor)
 
-    def _use_daemon(self, url: str, tls: Path | None) -> None:
+    def _use_daemon(self, url: str, tls: Path | None) -> str:
+        """Writes the daemon down; its name in the lease."""
         daemon = (url, str(tls) if tls else "")
         with self._changed:
-            if daemon in self._daemons:
-                return
-            record = json.dumps({"url": daemon[0], "tls": daemon[1]})
-            _write_whole(self.folder / "daemons" / str(len(self._daemons)), record)
-            self._daemons.add(daemon)
+            if daemon not in self._daemons:
+                name = str(len(self._daemons))
+                record = json.dumps({"url": daemon[0], "tls": daemon[1]})
+                _write_whole(self.folder / "daemons" / name, record)
+                self._daemons[daemon] = name
+            return self._daemons[daemon]
 
     def _take_lease(self, runtime: Path) -> int:
         """Makes the folder under another name first: one that is there and not locked is a dead owner's."""

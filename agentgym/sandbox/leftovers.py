@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,8 +23,9 @@ from agentgym.sandbox.daemon_http import DaemonHttp
 from agentgym.sandbox.lease import host_identity
 from agentgym.sandbox.reaper import is_locked, start_time
 
-SETTLE_S = 20.0  # so long after the owner's death a container may still appear that the daemon was asked for
+SETTLE_S = 10.0  # so long after the last one a container may still appear that the daemon was asked for
 UNREACHABLE_S = 600.0  # between two tries with a daemon that does not answer
+GIVEN_UP_S = 86_400.0  # a daemon that has not answered for so long will not; its boxes have ended by their leases
 ABANDONED_S = 3600.0  # past its lease, a container of another machine that does not run has no owner any more
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -76,9 +78,21 @@ class Lease:
             found[name] = _json(file) | {"begun": file.name != name}
         return found
 
-    def daemons(self) -> list[DaemonHttp]:
-        records = [_json(file) for file in sorted(_entries(self.folder / "daemons"))]
-        return [_daemon(record["url"], record.get("tls")) for record in records if record.get("url")]
+    def daemons(self) -> dict[str, DaemonHttp]:
+        """{name in the lease: daemon} of those that it ever used."""
+        records = {file.name: _json(file) for file in sorted(_entries(self.folder / "daemons"))}
+        return {
+            name: DaemonHttp(record["url"], Path(record["tls"]) if record.get("tls") else None)
+            for name, record in records.items()
+            if record.get("url")
+        }
+
+    def silent_s(self) -> float:
+        """How long ago its owner gave a sign of life."""
+        try:
+            return time.time() - (self.folder / "lease").stat().st_mtime
+        except OSError:
+            return math.inf
 
 
 def leases(runtime: Path) -> list[Lease]:
@@ -90,13 +104,16 @@ def leases(runtime: Path) -> list[Lease]:
 
 
 def collect_owner(folder: str | Path, settle_s: float = SETTLE_S, removed: Removed | None = None) -> Removed:
-    """Takes away all that a dead owner held, and its lease at last; the lease stays if a daemon does not answer.
-    Adds to `removed`."""
+    """Takes away all that a dead owner held, and its lease at last; the lease stays while a daemon that held boxes does
+    not answer, for a day. Adds to `removed`."""
     lease, removed = Lease.read(Path(folder)), Removed() if removed is None else removed
     until = time.monotonic() + settle_s
     pause = 0.05
     while True:
-        reached = _remove_of_daemons(lease, removed)
+        known = len(removed.containers)
+        silent = _remove_of_daemons(lease, removed)
+        if len(removed.containers) > known:
+            until = time.monotonic() + settle_s
         remove_cgroups(f"agentgym-{lease.owner_id}", removed, with_processes=True)
         # only what was begun and not seen yet can still appear; a box without a daemon dies with its input
         late = [name for name, box in lease.boxes().items() if box["begun"] and box.get("tier") != "namespace"]
@@ -104,12 +121,13 @@ def collect_owner(folder: str | Path, settle_s: float = SETTLE_S, removed: Remov
             break
         time.sleep(pause)
         pause = min(1.0, 1.5 * pause)
-    if reached:
-        shutil.rmtree(lease.folder, ignore_errors=True)
-        removed.leases.append(lease.owner_id)
-    else:
+    if silent and lease.silent_s() < GIVEN_UP_S:
+        removed.problems += silent
         with contextlib.suppress(OSError):
             (lease.folder / "tried").touch()
+    else:
+        shutil.rmtree(lease.folder, ignore_errors=True)
+        removed.leases.append(lease.owner_id)
     return removed
 
 
@@ -122,10 +140,11 @@ def collect_orphan(folder: str | Path) -> Removed:
     return collect_owner(folder) if lease.readable and not lease.alive else Removed()
 
 
-def _remove_of_daemons(lease: Lease, removed: Removed) -> bool:
-    """Containers, volumes and images of this owner; whether every daemon answered."""
-    reached = True
-    for daemon in lease.daemons():
+def _remove_of_daemons(lease: Lease, removed: Removed) -> list[str]:
+    """Containers, volumes and images of this owner; why it could not be done where a daemon still holds boxes."""
+    silent = []
+    for name, daemon in lease.daemons().items():
+        held = [box for box, record in lease.boxes().items() if record.get("daemon") == name]
         label = f"agentgym.owner={lease.owner_id}"
         try:
             for container in daemon.containers(label):
@@ -138,9 +157,9 @@ def _remove_of_daemons(lease: Lease, removed: Removed) -> bool:
                 if daemon.remove_image(image["Id"]):
                     removed.images.append(image_name(image))
         except AgentGymError as error:
-            reached = False
-            removed.problems.append(str(error))
-    return reached
+            if held:
+                silent.append(f"{error}; it may still hold {len(held)} sandboxes of the dead owner {lease.owner_id}")
+    return silent
 
 
 def remove_container(daemon: DaemonHttp, container: dict[str, Any], removed: Removed) -> None:
@@ -196,10 +215,6 @@ def box_name(container: dict[str, Any]) -> str:
 
 def image_name(image: dict[str, Any]) -> str:
     return str((image.get("RepoTags") or [image["Id"]])[0])
-
-
-def _daemon(url: str, tls: str | None) -> DaemonHttp:
-    return DaemonHttp(url, Path(tls) if tls else None)
 
 
 def _entries(folder: Path) -> list[Path]:
