@@ -35,23 +35,22 @@ SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 class BubblewrapProcess:
     """One bubblewrap, its keeper thread and its complaints.
 
-    `command`: bwrap with its options. `uid`: as whom it runs, None: as we do. `entrances`: the cgroup files through
-    which it goes in. `seccomp`: the filter's program. `tell_pid`: `worker_pid` will be asked.
+    `command`: bwrap with its options; bytes among them become the number of a descriptor that they are read from.
+    `uid`: as whom it runs, None: as we do. `entrances`: the cgroup files through which it goes in. `tell_pid`:
+    `worker_pid` will be asked.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        command: Sequence[str | bytes],
         *,
         uid: int | None = None,
         entrances: Sequence[str] = (),
-        seccomp: bytes | None = None,
         tell_pid: bool = False,
     ) -> None:
         self._command = command
         self._starter, self._user = identity(uid)
         self._starter = [*enter(entrances), *self._starter]
-        self._seccomp = seccomp
         self._tell_pid = tell_pid
         self._info_read = -1
         self._started = threading.Event()
@@ -67,18 +66,18 @@ class BubblewrapProcess:
             ours, streams = socket.socketpair()
             undo.callback(ours.close)
             theirs.callback(streams.close)
-            wired: list[str] = []
+            command = [*self._starter]
             given: list[int] = []
-            if self._seccomp is not None:
-                given.append(readable(self._seccomp))
-                theirs.callback(os.close, given[-1])
-                wired += ["--seccomp", str(given[-1])]
+            for word in self._command:
+                if isinstance(word, bytes):
+                    given.append(readable(word))
+                    theirs.callback(os.close, given[-1])
+                command.append(str(given[-1]) if isinstance(word, bytes) else word)
             if self._tell_pid:
                 self._info_read, write = os.pipe()
                 given.append(write)
                 theirs.callback(os.close, write)
-                wired += ["--info-fd", str(write)]
-            command = [*self._starter, *self._command[:1], *wired, *self._command[1:]]
+                command[len(self._starter) + 1 : len(self._starter) + 1] = ["--info-fd", str(write)]
             thread = threading.Thread(
                 target=self._keep, args=(command, streams, given), name="agentgym-box", daemon=True
             )

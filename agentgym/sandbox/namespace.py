@@ -32,7 +32,7 @@ from agentgym.sandbox.bubblewrap import (
 )
 from agentgym.sandbox.lease import owner
 from agentgym.sandbox.socket_channel import SocketChannel
-from agentgym.sandbox.spec import BOX_UID, WORK_DIRECTORY, SandboxSpec
+from agentgym.sandbox.spec import BOX_UID, VERIFIER_UID, WORK_DIRECTORY, SandboxSpec
 from agentgym.sandbox.worker_client import boot_command
 
 NEEDED_MODULES = "ast, ctypes, decimal, fractions, json, math, random, statistics, traceback"
@@ -73,10 +73,9 @@ class NamespaceSandbox(WorkerSandbox):
             entrances = made.entrances if made and (uid is None or setpriv()) else []
             limits = _limits(spec, made.limits if made else {}, bwrap)
             process = BubblewrapProcess(
-                [bwrap, *_options(bwrap, spec, python, prefix)],
+                [bwrap, *_filter(limits), *_options(bwrap, spec, python, prefix)],
                 uid=uid,
                 entrances=entrances,
-                seccomp=seccomp.program(platform.machine()) if limits["seccomp"] == "filter" else None,
                 tell_pid=made is not None and not entrances,
             )
             undo.callback(process.end)
@@ -205,9 +204,14 @@ def _masks() -> tuple[str, ...]:
     return tuple(options)
 
 
-def _options(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> list[str]:
+def _filter(limits: Mapping[str, str]) -> list[str | bytes]:
+    program = seccomp.program(platform.machine())
+    return ["--seccomp", program] if limits["seccomp"] == "filter" and program else []
+
+
+def _options(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> list[str | bytes]:
     able = abilities(bwrap)
-    options = [*ISOLATION]
+    options: list[str | bytes] = [*ISOLATION]
     options += [option for option in ("--disable-userns", "--clearenv") if option in able]
     options += ["--uid", str(spec.uid), "--gid", str(spec.uid), "--hostname", "box"]
     options += ["--ro-bind", "/usr", "/usr", *_links(), *(["--perms", "0755"] if "--perms" in able else [])]
@@ -215,6 +219,8 @@ def _options(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> 
     for path in HOST_FILES:
         if os.path.exists(path):
             options += ["--ro-bind", path, path]
+    for path, content in _own_files(spec.uid).items():
+        options += ["--file", content, path]
     options += ["--proc", "/proc", *_masks(), "--dev", "/dev", "--remount-ro", "/dev"]
     size = ["--size", str(spec.tmpfs_mb * 2**20)] if "--size" in able else []
     for folder in (*WRITABLE_FOLDERS, *sorted(spec.folders)):
@@ -223,6 +229,20 @@ def _options(bwrap: str, spec: SandboxSpec, python: str, prefix: str | None) -> 
         options += ["--ro-bind", prefix, prefix, "--setenv", "PATH", f"{prefix}/bin:/usr/local/bin:/usr/bin:/bin"]
     options += ["--remount-ro", "/", "--chdir", WORK_DIRECTORY]
     return [*options, "--", *boot_command(python)]
+
+
+def _own_files(uid: int) -> dict[str, bytes]:
+    """What a program looks up: who it is, what localhost is. Without them neither has an answer."""
+    names = {0: "root", BOX_UID: "agent", VERIFIER_UID: "verifier", 65534: "nobody"}
+    accounts = {uid: "user", **names}
+    return {
+        "/etc/passwd": "".join(
+            f"{name}:x:{i}:{i}::{WORK_DIRECTORY}:/bin/sh\n" for i, name in accounts.items()
+        ).encode(),
+        "/etc/group": "".join(f"{name}:x:{i}:\n" for i, name in accounts.items()).encode(),
+        "/etc/hosts": b"127.0.0.1 localhost box\n::1 localhost box\n",
+        "/etc/nsswitch.conf": b"passwd: files\ngroup: files\nhosts: files\n",
+    }
 
 
 def _landlock(spec: SandboxSpec, prefix: str | None) -> dict[str, str]:

@@ -18,7 +18,7 @@ import pytest
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, cgroup, namespace, open_sandbox
 from agentgym.sandbox.namespace import namespace_problem
-from agentgym.sandbox.spec import VERIFIER_UID
+from agentgym.sandbox.spec import BOX_UID, VERIFIER_UID
 
 pytestmark = pytest.mark.bubblewrap
 
@@ -101,6 +101,21 @@ def test_a_bad_environment_is_an_input_error_and_leaves_nothing() -> None:
     assert cgroups_of_this_process() == []
 
 
+def test_programs_find_out_who_they_are_and_what_localhost_is() -> None:
+    lookups = """
+import getpass, grp, os, socket
+print(getpass.getuser(), grp.getgrgid(os.getgid()).gr_name, socket.gethostbyname(socket.gethostname()))
+with socket.create_server(("localhost", 0)) as server: socket.create_connection(("localhost", server.getsockname()[1]))
+try: socket.getaddrinfo("example.org", 80)
+except socket.gaierror as error: print(error)
+"""
+    for uid, name in ((BOX_UID, "agent"), (VERIFIER_UID, "verifier"), (4321, "user")):
+        with open_sandbox("namespace", SandboxSpec(uid=uid)) as box:
+            result = box.exec(["python3", "-I", "-c", lookups])
+            assert result.text == f"{name} {name} 127.0.0.1\n[Errno -2] Name or service not known\n", result.error_text
+            assert box.exec("whoami; echo x >> /etc/passwd").stdout == f"{name}\n".encode()
+
+
 # ---------------------------------------------------------------------------------------- what a box sees of the host
 
 LOOK = """
@@ -122,6 +137,7 @@ print(json.dumps({
     "sys": os.path.exists("/sys"),
     "root": sorted(os.listdir("/")),
     "etc": sorted(os.listdir("/etc")),
+    "accounts": read("/etc/passwd"),
     "processes": sum(name.isdigit() for name in os.listdir("/proc")),
     "mounts": read("/proc/self/mountinfo"),
     "interfaces": [line.split(":")[0].strip() for line in read("/proc/net/dev").splitlines()[2:]],
@@ -145,7 +161,8 @@ def test_proc_tells_little_of_the_host() -> None:
     assert set(seen["root"]) <= {
         *("bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "tmp", "usr", "work", "nix")
     }
-    assert set(seen["etc"]) <= {"ld.so.cache", "alternatives"}
+    assert set(seen["etc"]) <= {"ld.so.cache", "alternatives", "passwd", "group", "hosts", "nsswitch.conf"}
+    assert "root:" not in seen["accounts"].replace("root:x:0:0::/work:/bin/sh", ""), "the host's accounts"
     assert seen["processes"] == 2
     assert seen["interfaces"] == ["lo"]
     assert "agentgym" not in seen["cgroup"]
