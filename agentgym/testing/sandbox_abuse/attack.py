@@ -20,6 +20,7 @@ from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError, S
 from agentgym.sandbox.spec import ExecResult, Sandbox, SandboxSpec
 
 OpenBox = Callable[[SandboxSpec], Sandbox]
+OWN_KERNEL = ("gvisor",)  # tiers in which a program's system calls are answered by a kernel that is not the host's
 GONE_S = 10.0  # how long the kernel and a daemon may take to clear away a closed box
 
 
@@ -143,7 +144,7 @@ class Scene:
         left = [
             f"process {pid} ({_read(pid, 'cmdline')[:60]!r})"
             for pid in _pids()
-            if _link(pid, "ns/pid") in namespaces or marked in _read(pid, "environ")
+            if (_link(pid, "ns/pid") in namespaces or marked in _read(pid, "environ")) and not _is_dead(pid)
         ]
         for box in self._boxes:
             for depth in ("*/", "*/*/", "*/*/*/", ""):
@@ -203,6 +204,11 @@ def _link(pid: int, name: str) -> str:
         return os.readlink(f"/proc/{pid}/{name}")
     except OSError:  # it has ended, or is another user's and we are not root
         return ""
+
+
+def _is_dead(pid: int) -> bool:
+    """Dead and waiting for the machine's init to notice, which is none of our doing."""
+    return _read(pid, "stat").rpartition(b") ")[2][:1] in (b"Z", b"X", b"")
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agentgym.errors import SandboxError
 from agentgym.sandbox.spec import Sandbox
-from agentgym.testing.sandbox_abuse.attack import Attack, Scene, attack, hostile, require, told
+from agentgym.testing.sandbox_abuse.attack import OWN_KERNEL, Attack, Scene, attack, hostile, require, told
 
 # The numbers of system calls that the C library has no name for: (x86-64, arm64).
 PRELUDE = """
@@ -28,6 +28,17 @@ IDENTITY = ("Uid", "Gid", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoN
 
 def _granted(box: Sandbox, code: str) -> list[str]:
     return told(box, PRELUDE + code + "\nprint(json.dumps(granted))")
+
+
+def _judged(scene: Scene, box: Sandbox, code: str, harmless: str) -> str:
+    """Nothing may be granted but what `code` marks as "(own)": calls that the tier's own kernel grants in vain."""
+    granted = _granted(box, code)
+    require(not set(granted) - {"(own)"}, f"granted: {granted}")
+    said = _seen_from_the_host(scene, box)
+    if not granted:
+        return f"all refused; {said}"
+    require(box.tier in OWN_KERNEL, f"granted by the host's kernel: {harmless}")
+    return f"refused, or answered by the tier's own kernel, where {harmless}; {said}"
 
 
 def _seen_from_the_host(scene: Scene, box: Sandbox) -> str:
@@ -52,8 +63,7 @@ def harm():
     for path in ("/usr/bin/agentgym-abuse", "/etc/agentgym-abuse"):
         try: open(path, "w").close(); tried(path, True)
         except OSError: pass
-    tried("kill worker", False if os.getpid() == 1 else libc.kill(1, 9) == 0 and not os.path.exists("/proc/1"))
-    for path in ("/proc/1/mem", "/proc/1/fd/10", "/proc/1/fd/0", "/proc/sys/kernel/core_pattern"):
+    for path in ("/proc/1/mem", "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger"):
         try: open(path, "r+b", buffering=0).close(); tried(path, True)
         except OSError: pass
     tried("chroot", libc.chroot(b"/proc/1/root/..") == 0 and os.path.exists("/var/lib/docker"))
@@ -72,12 +82,11 @@ def new_namespaces(scene: Scene) -> str:
     code = f"""
 {AFTER_A_NAMESPACE}
 own = []
-for flag in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x20000000, 0x40000000):
-    must_fail(f"unshare {{flag:#x}}", call((272, 97), flag))
 for name in ("user", "mnt", "pid", "net"):
     try: must_fail(f"setns {{name}} of pid 1", call((308, 268), os.open(f"/proc/1/ns/{{name}}", 0), 0))
     except OSError: pass
-for flags in (0x10000000, 0x10000000 | 0x20000, 0x10000000 | 0x20000 | 0x20000000 | 0x40000000):
+single = (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x20000000, 0x40000000)
+for flags in (*single, 0x10000000, 0x10000000 | 0x20000, 0x10000000 | 0x20000 | 0x20000000 | 0x40000000):
     read, write = os.pipe()
     if os.fork() == 0:
         if call((272, 97), flags)[0] == 0:
@@ -96,14 +105,7 @@ for flags in (0x10000000, 0x10000000 | 0x20000, 0x10000000 | 0x20000 | 0x2000000
         granted += json.loads(said)[1:]
 if own: granted.append("(own)")
 """
-    granted = _granted(box, code)
-    own = "(own)" in granted
-    require(not set(granted) - {"(own)"}, f"granted: {granted}")
-    said = _seen_from_the_host(scene, box)
-    if own:
-        require(not scene.sees(box), "a user namespace was granted by the host's kernel")
-        return f"a user namespace is granted by the tier's own kernel and leads nowhere; {said}"
-    return f"all refused; {said}"
+    return _judged(scene, box, code, "namespaces can be made and lead nowhere")
 
 
 @attack("mount, remount, pivot_root, chroot, the new mount calls, and mknod of the host's disk and memory")
@@ -123,16 +125,21 @@ must_fail("fsopen", call((430, 430), b"tmpfs", 0))
 must_fail("open_tree", call((428, 428), -100, b"/", 1))
 must_fail("move_mount", call((429, 429), -100, b"/work", -100, b"/tmp", 0))
 must_fail("open_by_handle_at", call((304, 265), -100, b"\\x08\\0\\0\\0\\1\\0\\0\\0\\2\\0\\0\\0\\0\\0\\0\\0", 0))
+made = []
 for name, mode, major, minor in (("disk", 0o60666, 254, 0), ("disk8", 0o60666, 8, 0), ("mem", 0o20666, 1, 1),
     ("kmsg", 0o20666, 1, 11), ("null", 0o20666, 1, 3)):
     for folder in ("/work", "/tmp", "/dev/shm"):
-        must_fail(f"mknod {name}", libc.mknod(f"{folder}/{name}".encode(), mode, os.makedev(major, minor)) == 0)
+        path = f"{folder}/{name}"
+        if libc.mknod(path.encode(), mode, os.makedev(major, minor)) == 0 and name != "null":
+            made.append(path)
+            for flags in (os.O_RDONLY, os.O_WRONLY):
+                try: os.open(path, flags | os.O_NONBLOCK); granted.append(f"open {path}")
+                except OSError: pass
+if made: granted.append("(own)")
 try: open("/usr/agentgym-abuse", "w"); granted.append("write /usr")
 except OSError: pass
 """
-    granted = _granted(box, code)
-    require(not granted, f"granted: {granted}")
-    return f"all refused; {_seen_from_the_host(scene, box)}"
+    return _judged(scene, box, code, "device files can be made and not be opened")
 
 
 @attack("ptrace, process_vm_readv/writev and pidfd_getfd on the worker")
@@ -152,10 +159,9 @@ for base in (0x400000, 0x10000, 0x555555554000, 0x7ffff7a00000):
 pidfd = call((434, 434), 1, 0)[0]
 if pidfd >= 0:
     for fd in range(32): must_fail(f"pidfd_getfd {fd}", call((438, 438), pidfd, fd, 0))
-for name in ("mem", "fd/0", "fd/1", "fd/10", "fd/11", "fd/12"):
-    for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
-        try: os.open(f"/proc/1/{name}", flags | os.O_NONBLOCK); granted.append(f"/proc/1/{name}")
-        except OSError: pass
+for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+    try: os.open("/proc/1/mem", flags); granted.append("/proc/1/mem")
+    except OSError: pass
 """
     granted = _granted(box, code)
     require(not granted, f"granted: {granted}")
@@ -173,7 +179,7 @@ import array
 must_fail("setgroups", libc.setgroups(1, array.array("i", [0]).tobytes()) == 0)
 import shutil, subprocess
 shutil.copy("/usr/bin/id", "/work/id"); os.chmod("/work/id", 0o6755)
-for argv in (["/work/id", "-u"], ["su", "root", "-c", "id -u"], ["newgrp", "root"]):
+for argv in (["/work/id", "-u"], ["newgrp", "root"]):
     try: done = subprocess.run(argv, capture_output=True, timeout=5, input=b"\\n").stdout.split()
     except (OSError, subprocess.SubprocessError): continue
     if done and done[0] == b"0": granted.append(argv[0])
@@ -188,6 +194,8 @@ for name in ("system.posix_acl_access", "security.capability", "trusted.x"):
     require(not granted, f"granted: {granted}")
     started = box.start_process(["su", "root", "-c", "sleep 60"])  # a setuid program, waiting for a password
     try:
+        users = box.exec("sleep 0.2; grep -h ^Uid /proc/[0-9]*/status").text.split("\n")
+        require(not any(line.split()[2:3] == ["0"] for line in users), f"a setuid program became root: {users}")
         return f"all refused; {_seen_from_the_host(scene, box)}"
     finally:
         box.stop_process(started)
@@ -207,7 +215,7 @@ must_fail("request_key", call((249, 218), b"user", b"agentgym", None, -3))
 for name, command in (("session", 1), ("join", 1), ("describe", 6), ("get", 0)):
     must_fail(f"keyctl {name}", call((250, 219), command, -3, 1))
 ring = ctypes.create_string_buffer(256)
-must_fail("io_uring", call((425, 425), 4, ring))
+if call((425, 425), 4, ring)[0] >= 0: granted.append("(own)")
 for flags in (0, 1): must_fail("userfaultfd", call((323, 282), flags))
 must_fail("init_module", call((175, 105), buffer, 512, b"")); must_fail("finit_module", call((313, 273), 0, b"", 0))
 must_fail("delete_module", call((176, 106), b"loop", 0))
@@ -222,13 +230,17 @@ must_fail("no address randomness", call((135, 92), 0x0040000))
 for path in ("/proc/sys/kernel/core_pattern", "/proc/sys/vm/drop_caches", "/proc/sysrq-trigger",
     "/proc/sys/kernel/modprobe",
     "/sys/kernel/uevent_helper", "/sys/fs/cgroup/release_agent", "/sys/fs/cgroup/memory/release_agent",
-    "/sys/fs/cgroup/cgroup.procs", "/proc/1/oom_score_adj", "/dev/kvm", "/dev/net/tun"):
+    "/sys/fs/cgroup/cgroup.procs", "/proc/1/oom_score_adj", "/dev/kvm"):
     try: open(path, "r+b", buffering=0).close(); granted.append(path)
     except OSError: pass
+import fcntl
+try:
+    request = b"agentgym0".ljust(16, bytes(1)) + bytes([1]).ljust(24, bytes(1))
+    fcntl.ioctl(os.open("/dev/net/tun", os.O_RDWR), 0x400454CA, request)
+    granted.append("a network interface")
+except OSError: pass
 """
-    granted = _granted(box, code)
-    require(not granted, f"granted: {granted}")
-    return f"all refused; {_seen_from_the_host(scene, box)}"
+    return _judged(scene, box, code, "io_uring is that kernel's and reaches nothing of the host")
 
 
 @attack("types into the terminal of whoever started the box (TIOCSTI, TIOCLINUX), and takes it as its own")
