@@ -1,6 +1,6 @@
-"""Files and folders on their way into a box or out of it. Law: an archive that exists is harmless: its paths are relative
-and stay below where it is put, it holds no link and no device, and it is no larger than was allowed. What a box packed
-is read as hostile bytes, whoever packed it."""
+"""Files and folders on their way into a box or out of it. Law: an archive that exists is harmless: its paths are
+relative and stay below where it is put, it holds no link and no device, and it is no larger than was allowed. What a
+box packed is read as hostile bytes, whoever packed it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A shell with a memory, in a box: directory, variables and functions stay from one command to the next. Law: whatever a
-command does, a run returns a result; only a dead box is an exception."""
+"""A shell with a memory, in a box: directory, variables and functions stay from one command to the next. Law: whatever
+a command does, a run returns a result; only a dead box is an exception."""
 
 from __future__ import annotations
 

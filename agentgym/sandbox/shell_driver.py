@@ -2,8 +2,8 @@
 Law: standard library only, because this source is sent into the box; the commands may do anything to it and to the
 shell, so nothing here is a defence.
 
-A message is JSON {"id", "command"}; an answer is JSON {"id", "exit_code", "ended"}: the command's exit code, and whether
-the shell is gone. What the commands print goes to standard output, which others collect.
+A message is JSON {"id", "command"}; an answer is JSON {"id", "exit_code", "ended"}: the command's exit code, and
+whether the shell is gone. What the commands print goes to standard output, which others collect.
 
 The shell reads one line for each command, with its newlines escaped, and evaluates it in itself; that is all POSIX asks
 of a shell, so bash and dash serve alike. It reports at the top of its loop, where `continue` and `break` lead as well;

@@ -8,12 +8,12 @@ everything else in the box. It makes itself undumpable, so that no process in th
 /proc/1/fd; where the kernel does not keep that promise (gVisor), the tags of the frames do (worker_frames.py).
 """
 
+import _ctypes
 import errno
 import fcntl
 import posix
 import sys
 
-import _ctypes
 from agentgym.sandbox.worker_files import Files
 from agentgym.sandbox.worker_line import Body, Line, Refused
 from agentgym.sandbox.worker_processes import Processes
@@ -27,7 +27,7 @@ class Worker:
     def __init__(self, line):
         self.line = line
         self.operations = {"start": self.do_start, "ping": self.do_ping}
-        self.processes = None
+        self.is_frozen = lambda: False
         self.reserve = bytearray(RESERVE)
 
     def serve(self):
@@ -47,7 +47,7 @@ class Worker:
     def answer(self, request, body):
         op = request["op"]
         try:
-            if op in MOVING and self.processes.frozen is not None:
+            if op in MOVING and self.is_frozen():
                 raise Refused("frozen", f"it is frozen, and {op!r} would move it; thaw it first")
             return self.operations[op](request, body)
         except Refused as error:
@@ -65,9 +65,10 @@ class Worker:
         environment = {**defaults, **inherited, **request["environment"]}
         if isinstance(environment["PATH"], bytes):
             environment["PATH"] = environment["PATH"].decode("utf-8", "surrogateescape")
-        self.processes = Processes(self.line, request, environment)
-        files = Files(self.line, request, self.processes)
-        for owner in (self.processes, files):
+        processes = Processes(self.line, request, environment)
+        files = Files(self.line, request, processes)
+        self.is_frozen = lambda: processes.frozen is not None
+        for owner in (processes, files):
             names = [name for name in dir(owner) if name.startswith("do_")]
             self.operations.update({name[3:]: getattr(owner, name) for name in names})
         limit_resources(request["rlimits"])
@@ -100,7 +101,8 @@ def kind_of(error):
 
 def prctl(option, value):
     """libc's; the module ctypes would take longer to import than the rest of the worker to start."""
-    _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (option, value, 0, 0, 0))
+    libc = _ctypes.dlopen(None, 0)  # pyright: ignore[reportArgumentType]
+    _ctypes.call_function(_ctypes.dlsym(libc, "prctl"), (option, value, 0, 0, 0))
 
 
 def main():

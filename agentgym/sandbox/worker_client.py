@@ -1,6 +1,6 @@
-"""The host's end of the frames. Law: the other end is believed in nothing: tags, sizes, types and ids are checked, every
-wait has a deadline of the host's own, and after the first wrong byte the box counts as dead. What goes to the worker
-may be marshalled; what comes from it is JSON and bytes."""
+"""The host's end of the frames. Law: the other end is believed in nothing: tags, sizes, types and ids are checked,
+every wait has a deadline of the host's own, and after the first wrong byte the box counts as dead. What goes to the
+worker may be marshalled; what comes from it is JSON and bytes."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def boot_command(python: str) -> list[str]:
 
 
 def worker_program(compiled_for: str | None = None, modules: tuple[str, ...] = ()) -> bytes:
-    """What is sent to the boot command first, behind its length in eight digits: the worker's sources, and code compiled
-    by this Python, or by the host's interpreter `compiled_for` if that is what the box runs."""
+    """What is sent to the boot command first, behind its length in eight digits: the worker's sources, and code
+    compiled by this Python, or by the host's interpreter `compiled_for` if that is what the box runs."""
     status = os.stat(compiled_for) if compiled_for else None
     return _program(compiled_for, status and (status.st_mtime_ns, status.st_size), modules)
 
@@ -200,7 +200,7 @@ class WorkerClient:
             self._send_held(fields, body, until)
 
     def _send_held(self, fields: Mapping[str, Any], body: bytes, until: float) -> None:
-        header = marshal.dumps(fields, 2)
+        header = marshal.dumps(dict(fields), 2)
         frame = sealed(self._key, HOST, self._num_sent, header, body)
         self._num_sent += 1
         self._channel.send(frame + body, until)

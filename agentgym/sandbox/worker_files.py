@@ -3,8 +3,8 @@ whole, for what lies in the box's folders counts against the same limit as the w
 
 import errno
 import posix
-
 from _stat import S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
+
 from agentgym.sandbox.worker_frames import PART
 from agentgym.sandbox.worker_line import Refused
 from agentgym.sandbox.worker_tar import END, FIFO, FILE, FOLDER, HARD_LINK, LINK, BadTar, Entry, Reader

@@ -1,8 +1,8 @@
 """What a frame is, for both its ends. Law: standard library only, and only modules written in C that cost nothing to
 import, because this source is sent into the box and a box must start in milliseconds.
 
-A frame is two big-endian uint32 (length of the header, length of the body), a tag, the header, raw bytes. The tag proves
-that the other end of the line wrote it: in a box on gVisor any process may open the worker's streams through
+A frame is two big-endian uint32 (length of the header, length of the body), a tag, the header, raw bytes. The tag
+proves that the other end of the line wrote it: in a box on gVisor any process may open the worker's streams through
 /proc/1/fd, and what it writes there must never be believed. The key travels in the first frame, before anything else
 runs in the box; the number of the frame is part of what is tagged, so that none can be sent twice.
 """

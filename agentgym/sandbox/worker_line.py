@@ -1,13 +1,13 @@
 """The worker's end of the line: frames from and to its host, and every wait. Law as in worker.py: standard library
 only, C modules only; it ends the box as soon as the host is gone, silent for longer than the lease, or not itself."""
 
+import _signal  # pyright: ignore[reportMissingImports]
 import marshal
 import posix
 import select
 import time
 from _json import encode_basestring_ascii
 
-import _signal
 from agentgym.sandbox.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, tag_of
 
 START_LEASE_S = 60.0  # until the start request names the real one

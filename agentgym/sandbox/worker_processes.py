@@ -1,11 +1,11 @@
 """The processes of a box: starting, following, killing and stopping them. Law as in worker.py."""
 
+import _signal  # pyright: ignore[reportMissingImports]
 import errno
 import posix
 import select
 import time
 
-import _signal
 from agentgym.sandbox.worker_line import Refused
 from agentgym.sandbox.worker_streams import Capture, Pipes, drain, feed, read_some
 
@@ -19,6 +19,16 @@ class Resident:
 
     def __init__(self, pid, to_fd, from_fd, output_fd, before):
         self.pid, self.to_fd, self.from_fd, self.output_fd, self.before = pid, to_fd, from_fd, output_fd, before
+
+    def close_output(self):
+        if self.output_fd is not None:
+            posix.close(self.output_fd)
+            self.output_fd = None
+
+    def close(self):
+        posix.close(self.to_fd)
+        posix.close(self.from_fd)
+        self.close_output()
 
 
 class Processes:
@@ -49,10 +59,7 @@ class Processes:
 
     def kill(self, pid, spared):
         """Kills the process group of `pid` and whatever was born since `spared` was taken, daemons included."""
-        try:
-            posix.killpg(pid, _signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        signalled(-pid, _signal.SIGKILL)
         for attempt in range(30):
             if spared:
                 for other, _ in alive() - spared:
@@ -167,8 +174,7 @@ class Processes:
             if resident.to_fd in ready:
                 rest = feed(resident.to_fd, rest)
             if resident.output_fd in ready and not drain(resident.output_fd, output, 16):
-                posix.close(resident.output_fd)
-                resident.output_fd = None
+                resident.close_output()
             if resident.from_fd in ready:
                 data = read_some(resident.from_fd)
                 if data == b"":
@@ -198,9 +204,7 @@ class Processes:
         self.kill(resident.pid, resident.before | {entry for entry in alive() if entry[0] in others})
         self.status_within(resident.pid, 1.0)
         del self.line.statuses[resident.pid]
-        for fd in (resident.to_fd, resident.from_fd, resident.output_fd):
-            if fd is not None:
-                posix.close(fd)
+        resident.close()
         return code
 
     def status_within(self, pid, patience_s):
@@ -238,9 +242,12 @@ class Processes:
     def go_on(self):
         if self.frozen is None:
             return
-        stopped, self.frozen = alive(STOPPED) - self.frozen, None
-        for pid, _ in stopped:
-            signalled(pid, _signal.SIGCONT)
+        before, self.frozen = self.frozen, None
+        if not before:
+            signalled(-1, _signal.SIGCONT)
+        else:
+            for pid, _ in alive(STOPPED) - before:
+                signalled(pid, _signal.SIGCONT)
 
 
 def prefer_for_killing(pid):
@@ -261,7 +268,7 @@ def signalled(pid, number):
     """Sends a signal; -1, from pid 1, means all the others at once. Whether anybody was there."""
     try:
         posix.kill(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

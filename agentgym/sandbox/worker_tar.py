@@ -1,6 +1,6 @@
-"""Tar, as far as files need it, for both ends of the line. Law: what is not understood to the last byte is refused, with
-its name; the writer and the reader are here because the module tarfile guesses, and takes longer to import than a box
-to start. Standard library only, C modules only: this source is sent into the box.
+"""Tar, as far as files need it, for both ends of the line. Law: what is not understood to the last byte is refused,
+with its name; the writer and the reader are here because the module tarfile guesses, and takes longer to import than a
+box to start. Standard library only, C modules only: this source is sent into the box.
 
 Read are plain (ustar), GNU long names and pax headers with the records that only describe.
 """

@@ -50,7 +50,7 @@ def make_folder(fd, part):
     try:
         posix.mkdir(part, 0o755, dir_fd=fd)
     except FileExistsError:
-        pass
+        return
 
 
 def place_file(root_fd, parts, chunks, mode):
@@ -76,8 +76,8 @@ def vacate(parent, parts):
         posix.unlink(parts[-1], dir_fd=parent)
     except FileNotFoundError:
         pass
-    except (IsADirectoryError, PermissionError) as error:
-        raise Blocked("/".join(parts), f"cannot be replaced by a file: {error.strerror}") from None
+    except IsADirectoryError:
+        raise Blocked("/".join(parts), "is a folder, and cannot be replaced by a file") from None
 
 
 def place_folder(root_fd, parts):

@@ -209,7 +209,10 @@ def test_limits_hold_before_the_bytes_are_read() -> None:
         (Entry(b"p", b"x", 6).header() + padded(b"6 a=b\0") + END, "without a value"),
         (Entry(b"p", b"x", 6).header() + padded(b"6 uid\n") + END, "without a value"),
         (Entry(b"p", b"x", 8).header() + padded(b"8 uid=1\n") + END, "without an entry"),
-        (2 * (Entry(b"p", b"x", 8).header() + padded(b"8 uid=1\n")) + Entry(b"a", FILE).header() + END, "second header"),
+        (
+            2 * (Entry(b"p", b"x", 8).header() + padded(b"8 uid=1\n")) + Entry(b"a", FILE).header() + END,
+            "second header",
+        ),
         (Entry(b"p", b"L", 4).header() + padded(b"a\0b\0") + Entry(b"a", FILE).header() + END, "long name"),
         (Entry(b"p", b"x", 11).header() + padded(b"11 mtime=x\n") + Entry(b"a", FILE).header() + END, "time b'x'"),
     ],
@@ -269,11 +272,13 @@ def test_times_are_kept_to_the_nanosecond(mtime_ns: int) -> None:
     assert (entry.mtime_ns, entry.link) == (mtime_ns, b"b" * 150)
 
 
-# ------------------------------------------------------------------------------------------------ folders of this machine
+# ---------------------------------------------------------------------------------------------- folders of this machine
 
 
 @given(archives())
-def test_a_folder_brings_back_what_was_written_to_it(tmp_path_factory: pytest.TempPathFactory, archive: Archive) -> None:
+def test_a_folder_brings_back_what_was_written_to_it(
+    tmp_path_factory: pytest.TempPathFactory, archive: Archive
+) -> None:
     folder = tmp_path_factory.mktemp("written") / "new"
     archive.write_to(folder)
     assert Archive.from_folder(folder) == archive
@@ -312,7 +317,7 @@ def test_a_link_in_the_target_is_never_followed(tmp_path: Path) -> None:
     assert not (target / "file").is_symlink()
     assert (outside / "kept").read_text() == "kept"
     (target / "dir").mkdir()
-    with pytest.raises(ArchiveError, match="'dir' cannot be replaced"):
+    with pytest.raises(ArchiveError, match="'dir' is a folder, and cannot be replaced"):
         Archive.of({"dir": "x"}).write_to(target)
     with pytest.raises(ArchiveError, match="'file' is a link or a file"):
         Archive.of({"file/x": "x"}).write_to(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import marshal
 import socket
 import threading
 import time
@@ -15,7 +14,7 @@ from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError
 from agentgym.sandbox import worker_client
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.worker_client import WorkerClient, whole
-from agentgym.sandbox.worker_frames import BOX, HOST, SIZES, TAG, sealed, sizes_of, tag_of
+from agentgym.sandbox.worker_frames import BOX, HOST, TAG, sealed
 
 
 class Liar:
