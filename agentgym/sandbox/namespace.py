@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import platform
+import secrets
 import stat
 import subprocess
 import sys
@@ -135,6 +136,14 @@ def namespace_problem() -> str | None:
         return f"bubblewrap does not run: {error}; {MEND}"
     if done.returncode:
         return str(start_error(done.stderr.decode(errors="replace").strip()))
+    try:
+        with _typed(), contextlib.ExitStack() as undo:
+            made = cgroup.Cgroup.create(f"agentgym-{os.getpid()}-{secrets.token_hex(4)}", SandboxSpec())
+            if made:
+                undo.callback(made.remove)
+            _limits(SandboxSpec(), made.limits if made else {}, bwrap)
+    except AgentGymError as error:
+        return str(error)
     return None
 
 
@@ -269,7 +278,7 @@ def _limits(spec: SandboxSpec, by_cgroup: Mapping[str, str], bwrap: str) -> dict
         # since 5.14 processes are counted per user namespace; before, all of the user's processes would count
         "pids": "rlimit" if _kernel() >= (5, 14) else "none: this kernel counts all of a user's processes",
         "cpus": "none: no cgroup can be made here; only the deadline of a call ends what spins",
-        "disk": "tmpfs size",
+        "disk": "tmpfs size" if "memory" in by_cgroup else "tmpfs size (of bytes; nothing counts the files)",
         **by_cgroup,
     }
     if "--size" not in able:

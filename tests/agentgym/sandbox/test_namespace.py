@@ -44,7 +44,7 @@ def test_without_cgroups_rlimits_hold_what_they_can_and_the_rest_is_said(
         assert box.limits["memory"] == "rlimit (of each process)"
         assert box.limits["pids"] == "rlimit"
         assert box.limits["cpus"].startswith("none: "), "RLIMIT_CPU is no rate"
-        assert box.limits["disk"] == "tmpfs size"
+        assert box.limits["disk"] == "tmpfs size (of bytes; nothing counts the files)"
         assert box.exec("ulimit -v; ulimit -p").stdout == b"204800\n40\n"
 
 
@@ -272,6 +272,7 @@ def test_bubblewrap_of_debian_11(play_bubblewrap) -> None:
 def test_nothing_limits_the_disk(play_bubblewrap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     play_bubblewrap(old("--size"))
     monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    assert "knows no --size" in str(namespace_problem())
     with pytest.raises(UnavailableError, match=r"tmpfs_mb=64.*--size.*install bubblewrap 0\.7"):
         open_sandbox("namespace")
 

@@ -43,7 +43,7 @@ LIMITS = {
     "memory": "rlimit (of each process)",
     "pids": "rlimit",
     "cpus": "none: no cgroup can be made here; only the deadline of a call ends what spins",
-    "disk": "tmpfs size",
+    "disk": "tmpfs size (of bytes; nothing counts the files)",
     "seccomp": "filter",
 }
 
