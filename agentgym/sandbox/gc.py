@@ -32,7 +32,6 @@ from agentgym.sandbox.leftovers import (
 
 Holder = Literal["alive", "dead", "unknown"]
 TASK_IMAGE = "agentgym.image=task"  # what images.py labels an image with that it built from a task's folder
-FRESH_S = 60.0  # a lease that was renewed so lately may belong to an owner that has just died
 HALF_MADE_S = 60.0
 OWNER_OF_BOX = re.compile(r"agentgym-(\d+-[0-9a-f]{8})[0-9a-f]{6}(?![0-9a-f])")
 
@@ -82,7 +81,7 @@ def collect_garbage(
     runtime = runtime_folder()
     for lease in leases(runtime):
         if lease.readable and not lease.alive:
-            collect_owner(lease.folder, settle_s if lease.silent_s() < FRESH_S else 0.0, removed)
+            collect_owner(lease.folder, settle_s, removed)
     _remove_half_made(runtime, removed)
     surveyed = _Survey()
     for daemon, containers in surveyed.containers("agentgym.box"):

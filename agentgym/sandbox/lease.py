@@ -63,6 +63,7 @@ class Owner:
         self.host = host_identity(runtime)
         self.folder = runtime / self.owner_id  # goes with the owner, whatever is in it
         self._descriptor = self._take_lease(runtime)
+        self._is_over = False
         self._changed = threading.Condition()
         self._kept: dict[str, _Kept] = {}
         self._tiers: dict[str, str] = {}
@@ -145,8 +146,9 @@ class Owner:
         except OSError as error:
             raise UnavailableError(f"the reaper of sandboxes cannot be started: {error}") from error
 
-    def close_inherited(self) -> None:
-        """In a forked child: the lock is the parent's alone."""
+    def let_go(self) -> None:
+        """Holds the lease no longer. In a forked child, where the lock is the parent's alone."""
+        self._is_over = True
         os.close(self._descriptor)
 
     def _use_daemon(self, url: str, tls: Path | None) -> str:
@@ -179,6 +181,8 @@ class Owner:
             with self._changed:
                 due = min([beat, *(kept.due for kept in self._kept.values())])
                 self._changed.wait(max(0.0, due - time.monotonic()))
+                if self._is_over:
+                    return
                 now = time.monotonic()
                 late = [(name, kept) for name, kept in self._kept.items() if kept.due <= now]
                 for _, kept in late:
@@ -225,7 +229,7 @@ def _forked() -> None:
     global _owner, _making
     inherited, _owner, _making = _owner, None, threading.Lock()
     if inherited is not None:
-        inherited.close_inherited()
+        inherited.let_go()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -24,6 +24,7 @@ from agentgym.sandbox.lease import host_identity
 from agentgym.sandbox.reaper import is_locked, start_time
 
 SETTLE_S = 10.0  # so long after the last one a container may still appear that the daemon was asked for
+FRESH_S = 60.0  # an owner that gave a sign of life so lately may have died just now
 UNREACHABLE_S = 600.0  # between two tries with a daemon that does not answer
 GIVEN_UP_S = 86_400.0  # a daemon that has not answered for so long will not; its boxes have ended by their leases
 ABANDONED_S = 3600.0  # past its lease, a container of another machine that does not run has no owner any more
@@ -107,6 +108,7 @@ def collect_owner(folder: str | Path, settle_s: float = SETTLE_S, removed: Remov
     """Takes away all that a dead owner held, and its lease at last; the lease stays while a daemon that held boxes does
     not answer, for a day. Adds to `removed`."""
     lease, removed = Lease.read(Path(folder)), Removed() if removed is None else removed
+    settle_s = settle_s if lease.silent_s() < FRESH_S else 0.0
     until = time.monotonic() + settle_s
     pause = 0.05
     while True:

@@ -52,9 +52,7 @@ time.sleep(600)
 class OwnerProcess:
     """A process that holds `live` boxes and is about to make `starting` more."""
 
-    def __init__(
-        self, tier: str, live: int = 2, starting: int = 2, lease_s: float = 60.0, forks: bool = False
-    ) -> None:
+    def __init__(self, tier: str, live: int = 2, starting: int = 2, lease_s: float = 60.0, forks: bool = False) -> None:
         self.tier, self.mark = tier, f"mark-{uuid.uuid4().hex}"
         arguments = json.dumps([tier, self.mark, live, starting, lease_s, forks])
         self.process = subprocess.Popen([sys.executable, "-c", OWNER, arguments], stdout=subprocess.PIPE, text=True)
@@ -67,7 +65,7 @@ class OwnerProcess:
         assert len(self.left()["processes"]) >= live, "the boxes should be running something"
 
     def reaper(self) -> int:
-        (pid,) = [pid for pid in running(f"reaper.py\0{self.folder}")]
+        (pid,) = running(f"reaper.py\0{self.folder}")
         return pid
 
     def kill(self) -> None:
