@@ -101,7 +101,7 @@ def vllm_interpreter() -> Path | None:
     return Path(sys.executable) if importlib.util.find_spec("vllm") else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """For tests marked `vllm`: the interpreter to start a vLLM server with."""
     python = vllm_interpreter()
