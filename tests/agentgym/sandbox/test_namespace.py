@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -283,6 +284,13 @@ def test_bubblewrap_without_seccomp(play_bubblewrap) -> None:
         assert box.limits["seccomp"] == f"none: {os.environ['PATH']}/bwrap knows no --seccomp"
         assert b"Seccomp:\t0" in box.exec(["cat", "/proc/self/status"]).stdout
         assert box.limits["landlock"].startswith(("ABI", "none"))
+
+
+def test_a_machine_without_a_table_of_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    with open_sandbox("namespace") as box:
+        assert box.limits["seccomp"] == "none: no table of system calls for riscv64"
+        assert b"Seccomp:\t0" in box.exec(["cat", "/proc/self/status"]).stdout
 
 
 def test_a_machine_without_setpriv(monkeypatch: pytest.MonkeyPatch) -> None:
