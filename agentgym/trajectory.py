@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from agentgym.errors import InputError
 from agentgym.messages import Message
@@ -119,12 +118,6 @@ class ScoredSequences:
     components: Mapping[str, float]
     sequences: tuple[TokenSequence, ...]
     num_sampled_tokens: int
-
-
-class TrajectorySink(Protocol):
-    """Where finished episodes go: the group buffer, a file, a list in a test."""
-
-    def put(self, trajectory: Trajectory) -> None: ...
 
 
 def to_sequences(trajectory: Trajectory) -> tuple[TokenSequence, ...]:

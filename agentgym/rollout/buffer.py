@@ -71,6 +71,7 @@ class Taken:
 class _OpenGroup:
     order: int
     start_version: int
+    awaited: bool
     members: list[Trajectory] = field(default_factory=list)
 
 
@@ -122,13 +123,14 @@ class GroupBuffer:
 
     # ---------------------------------------------------------------------------------------------------- orders
 
-    def start(self, group_id: str, version: int) -> None:
-        """A group whose first episode starts now, under `version`."""
+    def start(self, group_id: str, version: int, *, awaited: bool = True) -> None:
+        """A group whose first episode starts now, under `version`. One that is not `awaited` holds up no batch: outside
+        agents may be gone, and then the trainer would wait for nobody."""
         if group_id in self._open or group_id in self._ready:
             raise InputError(f"group {group_id} was started already")
         if not self.may_start:
             raise InputError(f"{self.num_unconsumed} groups are started and not consumed; no more may start")
-        self._open[group_id] = _OpenGroup(self._started, version)
+        self._open[group_id] = _OpenGroup(self._started, version, awaited)
         self._started += 1
 
     def put(self, trajectory: Trajectory, version: int) -> Discard | None:
@@ -153,6 +155,11 @@ class GroupBuffer:
             )
         self._ready[group_id] = (group.order, ReadyGroup(group_id, oldest, members))
         return None
+
+    def is_too_old(self, group_id: str, version: int) -> bool:
+        """Whether an open group holds an episode that is too old already, so that it will be discarded in any case."""
+        oldest = [member.oldest_version for member in self._open[group_id].members]
+        return any(v is not None and version - v > self.max_staleness for v in oldest)
 
     def give_up(self, group_id: str, reason: DiscardReason, detail: str) -> Discard:
         """An open group that nobody will complete."""
@@ -193,7 +200,7 @@ class GroupBuffer:
 
     def _leaves_too_many(self, newest_chosen: int, num_groups: int, oldest_allowed: int) -> bool:
         """Whether a slow group older than a chosen one would be left with no batch to be in before it is too old."""
-        starts = [group.start_version for group in self._open.values()]
+        starts = [group.start_version for group in self._open.values() if group.awaited]
         for k in range(self.max_staleness + 1):
             late = sum(start <= oldest_allowed + k for start in starts)
             if late > k * num_groups and newest_chosen > oldest_allowed + k:

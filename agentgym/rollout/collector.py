@@ -13,19 +13,20 @@ import logging
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, EnvError, InputError, NotNowError, ServiceError
-from agentgym.policy import Completion, Policy, SamplingParams
 from agentgym.render.protocol import Renderer
+from agentgym.rollout.batch import CollectedBatch, CollectorSettings, Outside, OutsideTask
 from agentgym.rollout.buffer import Discard, DiscardReason, GroupBuffer, ReadyGroup
 from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, run_episode
 from agentgym.rollout.limits import EpisodeLimits
+from agentgym.rollout.sampler import Sampler
 from agentgym.rollout.schedule import Schedule, ScheduledTask
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import StepCounts, summarize
@@ -34,53 +35,6 @@ from agentgym.trajectory import EpisodeStatus, Trajectory
 log = logging.getLogger(__name__)
 SHOWN = 8  # episodes that a stall warning describes one by one
 PATIENCE = 32  # so many failures without a single success between them mean that nothing will succeed
-
-
-@dataclass(frozen=True, slots=True)
-class CollectorSettings:
-    """The numbers of a run that concern collecting. Example: `CollectorSettings("agentgym/Maze-v0", 8, 48, 2, 64)`."""
-
-    env_id: str
-    group_size: int
-    groups_per_step: int
-    max_staleness: int
-    in_flight: int
-    temperature: float = 1.0
-    max_retries: int = 2
-    stall_warning_s: float = 30.0
-    seed: int = 0
-    plays: bool = True  # False: outside agents play all episodes
-
-
-class Outside(Protocol):
-    """The episodes that outside agents play, as far as a batch depends on them."""
-
-    def live_versions(self) -> set[int]:
-        """The versions that their tokens carry or may carry."""
-        ...
-
-    def waiting_for(self) -> str:
-        """What their groups lack, in one line."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class OutsideTask:
-    """The task and seed of a group that outside agents play. Example: `OutsideTask("django__django-11099", 0)`."""
-
-    task_id: str
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class CollectedBatch:
-    """A batch as the service has it: whole trajectories. `tasks` are parallel to `groups`."""
-
-    groups: tuple[ReadyGroup, ...]
-    tasks: tuple[ScheduledTask | OutsideTask, ...]
-    metrics: Mapping[str, float]
-    live_versions: tuple[int, ...]
-    data_position: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +68,7 @@ class Collector:
         self._environments = environments
         self._renderer = renderer
         self._policy = policy
-        self._sampler = _Sampler(policy)
+        self._sampler = Sampler(policy)
         self._limits = limits
         self._schedule = schedule
         self._store = store
@@ -256,11 +210,11 @@ class Collector:
                 f"{self._buffer.num_unconsumed} groups are started and not trained on yet, as many as "
                 "rollout.max_staleness allows; finish those that are open, or open a session later"
             )
-        self._buffer.start(group_id, self._policy.policy_version)
+        self._buffer.start(group_id, self._policy.policy_version, awaited=False)
         self._tasks[group_id] = OutsideTask(task_id, seed)
 
     def put(self, trajectory: Trajectory) -> None:
-        """An episode that ended with a score; with it, this is a TrajectorySink."""
+        """An episode that ended with a score."""
         self._count(trajectory)
         self._put(trajectory)
 
@@ -275,6 +229,10 @@ class Collector:
     def keep(self, trajectory: Trajectory) -> None:
         """An episode that is not trained on, for the trajectories on disk."""
         self._store.append(trajectory)
+
+    def is_too_old(self, group_id: str) -> bool:
+        """As GroupBuffer.is_too_old, for the version served now."""
+        return self._buffer.is_too_old(group_id, self._policy.policy_version)
 
     def give_up(self, group_id: str, reason: DiscardReason, detail: str) -> None:
         """A group that nobody will complete."""
@@ -428,18 +386,3 @@ class Collector:
                 "no episode has finished for %.0f s; %d are running, waiting longest: %s",
                 quiet_s, len(self._running), each,
             )  # fmt: skip
-
-
-class _Sampler:
-    """The policy as episodes see it; notes the death of the engine, which an episode turns into data."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.death: EngineDiedError | None = None
-
-    async def complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
-        try:
-            return await self._policy.complete(prompt_ids, params)
-        except EngineDiedError as error:
-            self.death = error
-            raise

@@ -98,7 +98,11 @@ class Intake:
         """Gives up groups that nobody completes."""
         now = self._clock()
         for group in list(self._groups.values()):
-            if not group.open and now - group.touched >= self._group_ttl_s:
+            if group.open:
+                continue
+            if self._collector.is_too_old(group.group_id):
+                self._give_up(group, "its first episodes are too old by now", DiscardReason.STALE_AT_ADMISSION)
+            elif now - group.touched >= self._group_ttl_s:
                 many = f"{group.finished} of {self._group_size} finished"
                 self._give_up(group, f"{many}, and none opened for {self._group_ttl_s:g} s")
 
@@ -113,6 +117,6 @@ class Intake:
         group.touched = self._clock()
         return group
 
-    def _give_up(self, group: _Group, why: str) -> None:
+    def _give_up(self, group: _Group, why: str, reason: DiscardReason = DiscardReason.INCOMPLETE) -> None:
         del self._groups[group.group_id]
-        self._collector.give_up(group.group_id, DiscardReason.INCOMPLETE, f"task {group.declared.task_id!r}: {why}")
+        self._collector.give_up(group.group_id, reason, f"task {group.declared.task_id!r}: {why}")

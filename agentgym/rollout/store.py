@@ -27,7 +27,7 @@ def step_file(run_dir: Path, step: int) -> Path:
 
 
 class TrajectoryStore:
-    """A TrajectorySink: keeps the lines of the step under way, and writes them when the step is named.
+    """Keeps the lines of the step under way, and writes them when the step is named.
 
     >>> store = TrajectoryStore(Path("runs/quickstart"))
     >>> store.put(trajectory)

@@ -68,11 +68,12 @@ class UntrainableError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """What one session may use. Example: `SessionLimits(max_turns=50, max_tokens=20_000, ttl_s=600.0)`."""
+    """What one session may use. Example: `SessionLimits(max_turns=50, max_tokens=20_000, ttl_s=600.0, idle_s=60.0)`."""
 
     max_turns: int
     max_tokens: int  # sampled ones, of all turns together
     ttl_s: float
+    idle_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ class Session:
         self.state = SessionState.OPEN
         self.score: Score | None = None
         self.began = time.monotonic()
+        self._last_asked = self.began
         self._temperature = temperature  # None: any
         self._served = served
         self._retries = Retries()
@@ -131,7 +133,9 @@ class Session:
 
     @property
     def left_s(self) -> float:
-        return max(0.0, self.began + self.limits.ttl_s - time.monotonic())
+        """Until it expires; while its agent is being answered, it is not idle."""
+        idle = float("inf") if self._under_way else self._last_asked + self.limits.idle_s
+        return max(0.0, min(self.began + self.limits.ttl_s, idle) - time.monotonic())
 
     def live_versions(self) -> set[int]:
         """Versions of the tokens sampled so far; of those being sampled, every one they may hold."""
@@ -153,6 +157,7 @@ class Session:
                 yield _Recorded(self, asked)
             finally:
                 del self._under_way[number]
+                self._last_asked = time.monotonic()
 
     def view(self) -> SessionView:
         recording = self.recording
@@ -308,6 +313,7 @@ class Sessions:
             min(max_turns or most.max_turns, most.max_turns),
             min(max_tokens or most.max_tokens, most.max_tokens),
             min(ttl_s or most.ttl_s, most.ttl_s),
+            most.idle_s,
         )
         name = f"ses-{next(self._numbers):06d}-{secrets.token_hex(4)}"
         group_id = self._intake.open(name, declared) if self.trains else None
@@ -352,7 +358,9 @@ class Sessions:
     def expire(self) -> None:
         """Ends the sessions whose time is up, and gives up groups that nobody completes."""
         for session in [session for session in self._open.values() if session.left_s == 0.0]:
-            self._end_unscored(session, SessionState.EXPIRED, f"not finished within {session.limits.ttl_s:g} s")
+            limits = session.limits
+            why = f"not finished within {limits.ttl_s:g} s, or nothing asked for {limits.idle_s:g} s"
+            self._end_unscored(session, SessionState.EXPIRED, why)
         self._intake.sweep()
 
     async def close(self) -> None:

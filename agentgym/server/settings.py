@@ -83,6 +83,7 @@ class SessionsSection(Section):
 
     max_open: int = Field(default=1024, ge=1)
     ttl_s: float = Field(default=3600.0, gt=0.0)  # a session that is not finished by then expires
+    idle_s: float = Field(default=900.0, gt=0.0)  # so does one whose agent asks nothing for so long
     group_ttl_s: float = Field(default=7200.0, gt=0.0)  # an incomplete group in which nothing is open is given up then
     max_turns: int = Field(default=1000, ge=1)
     max_tokens: int = Field(default=1_000_000, ge=1)  # sampled ones of a session

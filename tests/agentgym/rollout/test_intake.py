@@ -169,6 +169,25 @@ def test_outside_episodes_grow_stale_like_any_other(world):
     asyncio.run(main())
 
 
+def test_agents_that_are_gone_hold_up_no_batch_and_keep_no_place(world):
+    """One group stays incomplete for ever; batches go on, and its place is free once it is too old to be trained on."""
+
+    async def main() -> None:
+        it = world(group_size=2, max_staleness=1)
+        it.collector.collect(True)
+        it.play("left alone", Declared("gone", 0), 1.0)
+        for version in range(4):
+            it.play(f"a{version}", TASK, 1.0, version)
+            it.play(f"b{version}", TASK, 0.0, version)
+            assert await it.collector.take(version, 0.0, step=version + 1) is not None
+            await it.collector.publish(WeightUpdate(version + 1, Path("unused.safetensors")))
+            it.intake.sweep()
+            assert it.collector.discarded == ({} if version < 1 else {"stale_at_admission": 1})
+        assert it.collector.started_groups == 0
+
+    asyncio.run(main())
+
+
 def test_the_death_of_the_engine_is_told_to_whoever_waits_for_a_batch(world):
     async def main() -> None:
         it = world()

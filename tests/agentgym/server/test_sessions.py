@@ -356,6 +356,18 @@ def test_a_session_that_nobody_finishes_expires_typed_and_counted(service):
     assert it.server.client.status().failed == 1
 
 
+def test_a_session_whose_agent_asks_nothing_expires_before_its_time(service):
+    it = service(sessions={"idle_s": 0.5}, engine=slow(0.1))
+    session, silent = it.open(), it.open()
+    with agent(session) as client:
+        say(client, HELLO, max_tokens=8, seed=3)  # longer than idle_s perhaps, and no silence
+        assert it.show(session)["status"] == "open"
+    deadline = time.monotonic() + 10
+    while it.show(silent)["status"] == "open" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert it.show(silent)["status"] == "expired"
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
