@@ -98,6 +98,8 @@ class Leader:
                 versions = VersionLog(folder.versions_path)
                 service = start_service(config.service(), model_folder, folder.path, folder.versions_path)
                 client = stack.enter_context(service)
+            if config.rollout.source == "sessions":
+                console.print(f"outside agents play: they open sessions at {client.url}/v1/sessions")
             watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
             yield cls(config, folder, client, versions, console, watch)
 
