@@ -9,6 +9,7 @@ function. The function returns nothing, and raises AgentGymError; `train` of the
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -201,13 +202,14 @@ def _play_agent(
     from agentgym.agents import agent_from
     from agentgym.registry import lookup
     from agentgym.rollout.play import evaluate_agent
+    from agentgym.sandbox.pool import SandboxPool
 
     record = lookup(env)
     agent = agent_from(policy, record, _read_key(key_file), **request)
     takes_sandbox = "sandbox" in inspect.signature(record.env_class).parameters
-    summary = evaluate_agent(
-        env, agent, episodes, split=split, seed=seed, env_kwargs={"sandbox": tier} if takes_sandbox else {}
-    )
+    with SandboxPool(tier, warm=1, starters=1) if takes_sandbox else contextlib.nullcontext() as boxes:
+        kwargs = {"sandbox": boxes} if takes_sandbox else {}
+        summary = evaluate_agent(env, agent, episodes, split=split, seed=seed, env_kwargs=kwargs)
     if summary.failed:
         first = next(episode for episode in summary.episodes if episode.error is not None)
         _say(f"{summary.failed} of {episodes} episodes failed; the first, {first.task_id!r}: {first.error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 
 from agentgym import agents, registry
-from agentgym.errors import InputError
+from agentgym.errors import InputError, SandboxDiedError, SandboxError
 from agentgym.messages import Message, ToolCall, call
 from agentgym.rollout.play import evaluate_agent
+from agentgym.sandbox.pool import BoxSource, SandboxPool, box_source
+from agentgym.sandbox.spec import Sandbox, SandboxSpec
 from agentgym.testing.env_checks import check_environment
-from agentgym_envs.python_math import _KINDS, EXAMPLES, PythonMath, make_problem
+from agentgym_envs.python_math import _KINDS, BOX_LOST, EXAMPLES, PythonMath, make_problem
 
 TIERS = [
     pytest.param("docker", marks=pytest.mark.docker),
@@ -161,3 +164,131 @@ def test_closing_twice_is_allowed(env: PythonMath):
     env.close()
     env.reset(seed=0)
     assert python(env, "print(1)") == "1"
+
+
+# -------------------------------------------------------------------------------------------------- whose failure it is
+
+
+class Fickle:
+    """Boxes of a real source, of which the test says which starts fail."""
+
+    def __init__(self, tier: str) -> None:
+        self._source: BoxSource = box_source(tier)
+        self.tier = self._source.tier
+        self.failures: list[SandboxError | None] = []
+        self.opened: list[Sandbox] = []
+        self.expected: list[SandboxSpec] = []
+        self.may_open = threading.Event()
+        self.may_open.set()
+
+    def open(self, spec: SandboxSpec | None = None) -> Sandbox:
+        self.may_open.wait(20)
+        if self.failures and (failure := self.failures.pop(0)):
+            raise failure
+        self.opened.append(self._source.open(spec))
+        return self.opened[-1]
+
+    def prefetch(self, spec: SandboxSpec) -> None:
+        self.expected.append(spec)
+
+
+@pytest.fixture
+def boxes(tier: str) -> Iterator[Fickle]:
+    boxes = Fickle(tier)
+    yield boxes
+    for box in boxes.opened:
+        box.close()
+
+
+@pytest.fixture
+def fickle(boxes: Fickle) -> Iterator[PythonMath]:
+    env = registry.make("python_math", sandbox=boxes)
+    env.reset(seed=0)
+    yield env
+    env.close()
+
+
+def test_memory_that_the_code_takes_is_told_to_the_policy(env: PythonMath):
+    python(env, "x = 1")
+    said = python(env, "y = bytearray(2 * 10**9)\nfor i in range(0, len(y), 4096): y[i] = 1")
+    assert "MemoryError" in said or "all variables are lost" in said, said
+    assert python(env, "print(2)") == "2"
+
+
+def test_a_box_that_is_lost_to_the_code_in_it_is_told_and_replaced(fickle: PythonMath, boxes: Fickle):
+    python(fickle, "x = 1")
+    boxes.opened[0].close()
+    assert python(fickle, "x") == BOX_LOST
+    assert "NameError" in python(fickle, "x")
+    assert len(boxes.opened) == 2
+    assert fickle.step(call("submit", answer=fickle.problem.answer))[1] == 1.0
+
+
+def test_no_box_in_place_of_a_lost_one_is_the_infrastructures_failure(fickle: PythonMath, boxes: Fickle):
+    python(fickle, "x = 1")
+    boxes.opened[0].close()
+    boxes.failures = [SandboxError("the daemon is gone")]
+    with pytest.raises(SandboxError, match="the daemon is gone"):
+        python(fickle, "x")
+    fickle.reset(seed=1)
+    assert python(fickle, "print(1)") == "1"
+
+
+def test_an_episode_without_a_box_has_no_score(boxes: Fickle):
+    boxes.failures = [None, SandboxDiedError("no daemon"), None]
+    oracle = agents.oracle(registry.lookup("python_math"))
+    summary = evaluate_agent("python_math", oracle, 3, env_kwargs={"sandbox": boxes})
+    assert (summary.mean_reward, summary.valid, summary.failed) == (1.0, 2, 1)
+    assert [episode.error for episode in summary.episodes if episode.error] == ["SandboxDiedError: no daemon"]
+
+
+def test_a_box_without_a_python_that_works_is_the_infrastructures_failure(fickle: PythonMath, boxes: Fickle):
+    real = boxes.open
+
+    def without_python(spec: SandboxSpec | None = None) -> Sandbox:
+        box = real(spec)
+        box.close()
+        return box
+
+    boxes.open = without_python
+    with pytest.raises(SandboxError):
+        python(fickle, "1")
+    assert fickle._box is None
+
+
+def test_an_environment_that_was_closed_while_its_box_was_opened_keeps_none(fickle: PythonMath, boxes: Fickle):
+    """What the rollout does with a call that passed its deadline."""
+    boxes.may_open.clear()
+    failures: list[BaseException] = []
+
+    def late() -> None:
+        try:
+            python(fickle, "1")
+        except SandboxError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    fickle.close()
+    boxes.may_open.set()
+    thread.join(20)
+    assert "the episode ended" in str(failures[0])
+    assert fickle._box is None
+    with pytest.raises(SandboxDiedError):
+        boxes.opened[0].ping()
+
+
+def test_boxes_out_of_a_pool(tier: str):
+    with SandboxPool(tier, warm=1, starters=1) as pool:
+        oracle = agents.oracle(registry.lookup("python_math"))
+        summary = evaluate_agent("python_math", oracle, 4, env_kwargs={"sandbox": pool})
+        assert (summary.mean_reward, summary.failed) == (1.0, 0)
+        metrics = pool.metrics()
+        assert (metrics.hits + metrics.misses, metrics.in_use) == (4, 0)
+
+
+def test_the_spec_is_asked_for_before_the_first_episode(boxes: Fickle):
+    env = registry.make("python_math", sandbox=boxes)
+    assert boxes.expected == [SandboxSpec(output_limit=4096)]
+    assert boxes.opened == []
+    env.close()

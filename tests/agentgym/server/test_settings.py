@@ -40,6 +40,9 @@ def test_the_defaults_are_a_run() -> None:
         ({"server": {"host": "0.0.0.0"}}, "listening on 0.0.0.0 demands server.api_key_file"),
         ({"server": {"host": "my-machine"}}, "listening on my-machine demands server.api_key_file"),
         ({"sandbox": {"tier": "none"}}, "sandbox.tier"),
+        ({"sandbox": {"warm": -1}}, "sandbox.warm: must be >= 0, got -1"),
+        ({"sandbox": {"starters": 0}}, "sandbox.starters: must be >= 1, got 0"),
+        ({"sandbox": {"docker_tls": "/keys"}}, "sandbox.docker_tls needs sandbox.docker_host"),
     ],
 )
 def test_what_cannot_run_is_refused_with_its_path(sections: dict[str, Any], says: str) -> None:
