@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentgym.engine.protocol import EngineStats, PauseMode, WeightUpdate
-from agentgym.engine.vllm_replica import ReplicaLostError, ReplicaPausedError, Sampling
+from agentgym.engine.vllm_replica import ForeignWeightsError, ReplicaLostError, ReplicaPausedError, Sampling
 from agentgym.engine.vllm_seat import ReplicaStatus, Seat
 from agentgym.engine.vllm_server import VllmServerOptions, python_with_vllm
 from agentgym.engine.vllm_weights import PublishedTensors
@@ -130,6 +130,9 @@ class VllmEngine:
                 break
             except ReplicaPausedError:  # somebody else paused it: the gate tries again
                 break
+            except ForeignWeightsError as error:
+                seat.lose(str(error))
+                raise
             except ReplicaLostError as error:
                 fruitless = 0 if len(work.token_ids) > before else fruitless + 1
                 if not await seat.is_alive():

@@ -32,6 +32,10 @@ class ReplicaLostError(EngineDiedError):
     """The server is gone, or answers no more."""
 
 
+class ForeignWeightsError(EngineError):
+    """The server has weights that this run did not publish."""
+
+
 class ReplicaPausedError(EngineError):
     """The server takes no requests just now."""
 
@@ -179,7 +183,7 @@ class VllmReplica:
     def _number(self, label: str) -> int:
         run, _, number = label.rpartition(":")
         if run != self._run or not number.isdigit():
-            raise EngineError(
+            raise ForeignWeightsError(
                 f"{self.name} sampled under weights {label!r}, which this run ({self._run}) did not publish; somebody "
                 "else updates this server"
             )

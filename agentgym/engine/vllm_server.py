@@ -165,6 +165,7 @@ def _command(model_folder: Path, options: VllmServerOptions, socket: Path) -> li
         "--enable-scale-out",  # the route of tokens in, tokens out
         "--logprobs-mode", "processed_logprobs",  # of the distribution that was sampled from
         "--no-async-scheduling",
+        "--skip-tokenizer-init",  # token ids only
         "--generation-config", "vllm",  # no sampling defaults from the model's folder
         "--weight-transfer-config", json.dumps({"backend": BACKEND}),
         *options.extra_args,

@@ -1,0 +1,131 @@
+"""Servers that cannot be started or trusted: typed, with the reason, and nobody left behind. No vLLM is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agentgym.engine import vllm_keeper
+from agentgym.engine.vllm_engine import VllmEngine
+from agentgym.engine.vllm_replica import ServerFacts
+from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions
+from agentgym.errors import EngineDiedError, InputError, UnavailableError
+
+FACTS = {
+    "model_config": {
+        "model": "m", "dtype": "torch.float32", "max_model_len": 128, "logprobs_mode": "processed_logprobs",
+    },
+    "scheduler_config": {"async_scheduling": False},
+    "weight_transfer_config": {"backend": BACKEND},
+}  # fmt: skip
+
+
+def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> None:
+    source = (Path(vllm_keeper.__file__).parent / "vllm_plugin.py").read_text()
+    assert f'BACKEND = "{BACKEND}"' in source
+    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    assert imported - set(sys.stdlib_module_names) == {"torch", "safetensors", "vllm"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "mend"),
+    [
+        ("model_config", "logprobs_mode", "raw_logprobs", "--logprobs-mode processed_logprobs"),
+        ("model_config", "dtype", "torch.bfloat16", "engine.dtype is float32"),
+        ("model_config", "max_model_len", 64, "--max-model-len 128"),
+        ("scheduler_config", "async_scheduling", True, "--no-async-scheduling"),
+        ("weight_transfer_config", "backend", "nccl", "--weight-transfer-config"),
+    ],
+)
+def test_a_server_that_lacks_what_correctness_needs_is_refused(
+    section: str, key: str, value: object, mend: str
+) -> None:
+    ServerFacts.of(FACTS).check("s", backend=BACKEND, dtype="float32", max_context=128)
+    config = {**FACTS, section: {**FACTS[section], key: value}}
+    with pytest.raises(InputError, match=mend):
+        ServerFacts.of(config).check("s", backend=BACKEND, dtype="float32", max_context=128)
+
+
+def test_what_cannot_be_started_is_told_at_once(model_of, tmp_path: Path) -> None:
+    folder = model_of("llama")[0]
+
+    async def main() -> None:
+        options = VllmServerOptions(tmp_path / "python", 64)
+        with pytest.raises(UnavailableError, match="cannot be run"):
+            await VllmEngine.start(folder, options)
+        with pytest.raises(UnavailableError, match="has no vllm"):
+            await VllmEngine.start(folder, VllmServerOptions(Path(sys.executable), 64))
+        with pytest.raises(InputError, match=r"config\.json"):
+            await VllmEngine.connect(tmp_path, ["http://127.0.0.1:9"], max_context=64)
+        with pytest.raises(EngineDiedError, match=r"no vLLM server answers at http://127\.0\.0\.1:9"):
+            await VllmEngine.connect(folder, ["http://127.0.0.1:9"], max_context=64)
+        with pytest.raises(InputError, match="different URLs"):
+            await VllmEngine.connect(folder, ["http://127.0.0.1:9"] * 2, max_context=64)
+
+    asyncio.run(main())
+
+
+def test_a_server_that_ends_while_starting_leaves_its_last_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\necho no memory for the cache >&2\nexit 7\n")
+        python.chmod(0o755)
+        server = await VllmServer.start(tmp_path, VllmServerOptions(python, 64))
+        assert "ended with code 7" in await server.ended
+        assert "no memory for the cache" in await server.ended
+        await server.close()
+
+    asyncio.run(main())
+
+
+TREE = """
+import os, subprocess, sys, time
+children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
+print(os.getpid(), *(child.pid for child in children), flush=True)
+time.sleep(600)
+"""
+OWNER = """
+import os, subprocess, sys, time
+keeper, tree = sys.argv[1:]
+kept = subprocess.Popen([sys.executable, keeper, str(os.getpid()), sys.executable, "-c", tree],
+                        stdin=subprocess.PIPE, start_new_session=True)
+time.sleep(600)
+"""
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("victim", ["owner", "server"])
+def test_kill_9_of_the_owner_or_of_the_server_leaves_nobody(victim: str) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, vllm_keeper.__file__, TREE], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    assert len(pids) == 3
+    assert not any(_gone(pid) for pid in pids)
+    os.kill(owner.pid if victim == "owner" else pids[0], signal.SIGKILL)
+    assert _wait_for(lambda: all(_gone(pid) for pid in pids))
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
