@@ -53,10 +53,21 @@ class ToolSpec:
     def from_openai(cls, value: Mapping[str, Any]) -> ToolSpec:
         """Raises InputError if `value` is not an OpenAI function tool."""
         function = value.get("function")
-        if value.get("type") != "function" or not isinstance(function, Mapping) or not function.get("name"):
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if (
+            value.get("type") != "function"
+            or not isinstance(function, Mapping)
+            or not isinstance(name, str)
+            or not name
+        ):
             raise InputError(f"a tool must be {{'type': 'function', 'function': {{'name': ...}}}}, got {value!r}")
+        description = function.get("description") or ""
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        return cls(str(function["name"]), str(function.get("description") or ""), parameters)
+        if not isinstance(description, str):
+            raise InputError(f"function.description must be a string, got {description!r}")
+        if not isinstance(parameters, Mapping) or not isinstance(parameters.get("properties", {}), Mapping):
+            raise InputError(f"function.parameters must be the JSON schema of an object, got {parameters!r}")
+        return cls(name, description, parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +102,10 @@ class Message:
             role = "system"
         if role not in ("system", "user", "assistant", "tool"):
             raise InputError(f"message.role must be system, user, assistant or tool, got {value.get('role')!r}")
-        calls = tuple(_call_from_openai(call) for call in value.get("tool_calls") or ())
+        listed = value.get("tool_calls") or ()
+        if not isinstance(listed, list | tuple):
+            raise InputError(f"message.tool_calls must be a list, got {listed!r}")
+        calls = tuple(_call_from_openai(call) for call in listed)
         call_id = value.get("tool_call_id")
         if call_id is not None and not isinstance(call_id, str):
             raise InputError(f"message.tool_call_id must be a string, got {call_id!r}")

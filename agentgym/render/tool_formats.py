@@ -194,16 +194,30 @@ def _properties(name: str, tools: Sequence[ToolSpec]) -> Mapping[str, Any]:
 def _typed(text: str, schema: Any) -> Any:
     """The value that `text` stands for under its schema; the text itself where it is none, for the environment to
     refuse."""
-    choices = [schema, *schema.get("anyOf", ())] if isinstance(schema, Mapping) else []
-    kinds = {choice.get("type") for choice in choices if isinstance(choice, Mapping)} - {None}
+    choices = [schema, *_listed(schema, "anyOf")]
+    kinds = {
+        kind
+        for choice in choices
+        for kind in ([choice["type"]] if isinstance(_of(choice, "type"), str) else _listed(choice, "type"))
+    }
     if "string" in kinds and not ("null" in kinds and text == "null"):
         return text
-    if not kinds and text in (schema.get("enum", ()) if isinstance(schema, Mapping) else ()):
+    if not kinds and text in _listed(schema, "enum"):
         return text
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _of(schema: Any, key: str) -> Any:
+    return schema.get(key) if isinstance(schema, Mapping) else None
+
+
+def _listed(schema: Any, key: str) -> Sequence[Any]:
+    """A list in a schema that anybody may have written; of types only those that are named."""
+    found = _of(schema, key)
+    return [one for one in found if key != "type" or isinstance(one, str)] if isinstance(found, list | tuple) else ()
 
 
 def _dumps(value: Any) -> str:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 TRAINER_PREFIX = "/trainer"
 RETRY_AFTER_S = 1
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_MOST_NAME = 100  # of a parameter that nobody knows
 _MOST_TEXT = 2000  # of a message: what a caller sent is not sent back whole
 
 
@@ -56,6 +57,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AgentGymError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RecursionError, _on_depth)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -144,7 +146,9 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     problem: Mapping[str, Any] = max(error.errors(), key=lambda one: _depth(one["loc"]))
     path = parameter_path(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        message = f"unknown parameter {path!r}"
+        *before, key = problem["loc"]  # the caller's own word, which may look like anything
+        path = ".".join(filter(None, (parameter_path(tuple(before)), key[:_MOST_NAME] or "(empty)")))
+        message = f"unknown parameter '{path}'"
     elif problem["type"] == "json_invalid":
         path, message = "", f"the body is not valid JSON: {problem['ctx']['error']}"
     elif problem["type"] == "missing":
@@ -186,6 +190,13 @@ async def _on_http(request: Request, error: Exception) -> Response:
     request.state.visit.failed = f"HTTP{error.status_code}"
     headers = dict(error.headers or {})
     return refusal(is_trainers(request.url.path), error.status_code, "ServiceError", message, headers=headers)
+
+
+async def _on_depth(request: Request, error: Exception) -> Response:
+    """JSON may nest deeper than what reads it: a template, a message's repr."""
+    log.warning("a request nests too deeply: %s", error)
+    request.state.visit.failed = "InputError"
+    return refusal(is_trainers(request.url.path), 400, "InputError", "the body nests too deeply", code="too_deep")
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

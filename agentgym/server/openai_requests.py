@@ -218,7 +218,8 @@ class ChatRequest(SampledRequest):
             place = f"messages[{index}]"
             for key, part in value.items():
                 if key not in MESSAGE_KEYS and key not in MESSAGE_LABELS and part:
-                    raise ParameterError(f"{place}.{key}", f"unknown parameter '{place}.{key}'")
+                    name = f"{place}.{key[:100] or '(empty)'}"
+                    raise ParameterError(name, f"unknown parameter '{name}'")
             messages.append(_named(place, Message.from_openai, value))
         if messages[-1].role == "assistant":
             raise ParameterError(

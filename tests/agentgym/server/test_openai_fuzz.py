@@ -1,0 +1,349 @@
+"""The HTTP surface under requests that its own schema describes, under ones that nearly fit it, and under bytes that
+are no request at all: no 5xx, no hang, and every refusal names what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentgym.server.door import Limits
+
+MODEL = "small"
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "1 up"}], "max_tokens": 3}
+TOOL = {"type": "function", "function": {"name": "move", "description": "", "parameters": {"type": "object"}}}
+FULL_CHAT = CHAT | {
+    "tools": [TOOL], "tool_choice": "auto", "temperature": 0.5, "seed": 3, "n": 2, "stop": ["x"], "logprobs": True,
+    "stop_token_ids": [3], "stream": True, "stream_options": {"include_usage": True}, "timeout_s": 20.0,
+    "return_token_ids": True, "return_policy_versions": True, "metadata": {"a": "b"}, "user": "me", "top_p": 1.0,
+}  # fmt: skip
+FULL_COMPLETION = {"model": MODEL, "prompt": [3, 4, 5], "max_tokens": 3, "logprobs": 0, "echo": False, "stop": "x"}
+BASES = {
+    "/v1/chat/completions": FULL_CHAT,
+    "/v1/completions": FULL_COMPLETION,
+    "/v1/sessions": {"task": "t", "seed": 1},
+}
+TIME_LIMIT_S = 20.0
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+hostile_values = st.sampled_from(
+    [None, -1, 0, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 1e308, -0.0, "", "\x00", "\ud7ff\ue000", "a" * 3000, [],
+     {}, [[]], [None], [-1], [2**70], {"": ""}, {"role": "user"}, [{"role": "user", "content": None}], True]
+)  # fmt: skip
+calm = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+
+
+def from_schema(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that an OpenAPI schema allows; an error for a word of JSON schema that is not read here."""
+    known = {"title", "description", "default", "type", "anyOf", "enum", "const", "$ref", "properties", "required"}
+    known |= {"additionalProperties", "propertyNames", "items", "maxItems", "minItems", "minLength", "maxLength"}
+    known |= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "maxProperties"}
+    assert set(schema) <= known, set(schema) - known
+    if "$ref" in schema:
+        return from_schema(components[schema["$ref"].rpartition("/")[2]], components)
+    if "anyOf" in schema:
+        return st.one_of([from_schema(one, components) for one in schema["anyOf"]])
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum", [schema.get("const")]))
+    kind = schema.get("type")
+    if kind == "object":
+        return objects(schema, components)
+    if kind == "array":
+        items = from_schema(schema.get("items", {}), components)
+        return st.lists(items, min_size=schema.get("minItems", 0), max_size=min(schema.get("maxItems", 4), 4))
+    if kind == "string":
+        return st.text(min_size=schema.get("minLength", 0), max_size=min(schema.get("maxLength", 40), 40))
+    if kind in ("integer", "number"):
+        return numbers(schema, kind)
+    return {"boolean": st.booleans(), "null": st.none(), None: json_values}[kind]
+
+
+def objects(schema: dict[str, Any], components: dict[str, Any]) -> st.SearchStrategy[Any]:
+    strategies = {name: from_schema(one, components) for name, one in schema.get("properties", {}).items()}
+    required = {name: one for name, one in strategies.items() if name in schema.get("required", ())}
+    fixed = st.fixed_dictionaries(required, optional={n: one for n, one in strategies.items() if n not in required})
+    more = schema.get("additionalProperties", True)
+    if more is False:
+        return fixed
+    values = from_schema(more, components) if isinstance(more, dict) else json_values
+    others = st.dictionaries(st.text(min_size=1, max_size=6).map("x-".__add__), values, max_size=2)
+    return fixed if strategies else others
+
+
+def numbers(schema: dict[str, Any], kind: str) -> st.SearchStrategy[Any]:
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if kind == "integer":  # the bounds of a schema are floats, in which 2**64 - 1 does not exist
+        below = None if high is None else int(high) - ("exclusiveMaximum" in schema)
+        return st.integers(None if low is None else int(low), below)
+    return st.floats(
+        low, high, exclude_min="exclusiveMinimum" in schema, exclude_max="exclusiveMaximum" in schema,
+        allow_nan=False, allow_infinity=False,
+    ) | st.integers(0, 2).filter(lambda value: (low or 0) < value)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def http(server: Any) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=TIME_LIMIT_S, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def operations(http: httpx.Client) -> dict[str, st.SearchStrategy[Any]]:
+    """What the application says that it takes, by path."""
+    document = http.get("/openapi.json").json()
+    found = {}
+    for path, item in document["paths"].items():
+        body = item.get("post", {}).get("requestBody")
+        if body is not None:
+            found[path] = body["content"]["application/json"]["schema"]
+    components = document["components"]["schemas"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/sessions", "/v1/sessions/{session_id}/finish"} <= set(found)
+    return {path: from_schema(schema, components) for path, schema in found.items()}
+
+
+def check(answer: httpx.Response, body: Any = None) -> None:
+    """An answer, or a refusal in OpenAI's shape that names a parameter which was sent or is missing."""
+    assert answer.headers["x-request-id"].startswith("req-")
+    assert answer.elapsed.total_seconds() < TIME_LIMIT_S
+    if answer.status_code < 300:
+        if answer.headers["content-type"].startswith("text/event-stream"):
+            events = answer.text.split("\n\n")
+            assert events[-2:] == ["data: [DONE]", ""]
+            assert '"error"' not in answer.text
+        return
+    assert 400 <= answer.status_code < 500, (answer.text, body)
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}, answer.text
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    if answer.status_code == 400 and isinstance(body, dict) and error["code"] is None:
+        assert error["param"], (error, body)
+        assert error["param"] in error["message"], error
+
+
+def bounded(body: Any) -> Any:
+    """The same request of a size that a test can wait for, to the model that is there."""
+    if isinstance(body, dict):
+        body["model"] = MODEL
+        if isinstance(body.get("n"), int):
+            body["n"] = min(body["n"], 4)
+    return body
+
+
+@given(data=st.data())
+@calm
+def test_whatever_the_schema_allows(http: httpx.Client, operations: Any, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(BASES)))
+    body = data.draw(operations[path])
+    if path != "/v1/sessions":
+        body = bounded(body)
+    check(http.post(path, json=body), body)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+@given(data=st.data())
+@calm
+def test_requests_that_nearly_fit(http: httpx.Client, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(BASES)))
+    body = copy.deepcopy(BASES[path])
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.sampled_from([place for place in places(body) if place]))
+        parent: Any = body
+        for key in place[:-1]:
+            parent = parent[key]
+        kind = data.draw(st.sampled_from(["replace", "delete", "add"]))
+        if kind == "replace":
+            parent[place[-1]] = data.draw(hostile_values | json_values)
+        elif kind == "delete":
+            del parent[place[-1]]
+        elif isinstance(parent, dict):
+            parent[data.draw(st.text(min_size=1, max_size=8))] = data.draw(json_values)
+    if isinstance(body.get("n"), int):
+        body["n"] = min(body["n"], 4)
+    check(http.post(path, json=body), body)
+
+
+@pytest.mark.parametrize("path", sorted(BASES))
+def test_each_parameter_that_is_wrong_is_named(http: httpx.Client, path: str) -> None:
+    document = http.get("/openapi.json").json()
+    reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    for name in document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]:
+        refused = http.post(path, json=BASES[path] | {name: {"no": {"such": ["value"]}}})
+        assert refused.status_code == 400, (name, refused.text)
+        assert re.split(r"[.\[]", refused.json()["error"]["param"])[0] == name, refused.text
+        assert name in refused.json()["error"]["message"]
+    refused = http.post(path, json=BASES[path] | {"unheard": 1})
+    assert refused.json()["error"]["message"] == "unknown parameter 'unheard'"
+
+
+@given(
+    path=st.text(alphabet=st.characters(codec="utf-8"), max_size=12),
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),
+)
+@calm
+def test_any_path_and_method(http: httpx.Client, method: str, path: str) -> None:
+    from urllib.parse import quote
+
+    for prefix in ("/v1/", "/v1/models/", "/v1/sessions/", "/"):
+        answer = http.request(method, prefix + quote(path, safe=""))
+        assert answer.status_code < 500, answer.text
+        assert answer.headers["x-request-id"]
+
+
+# ------------------------------------------------------------------------------------------------ bodies that are none
+
+
+def bodies() -> dict[str, bytes]:
+    chat = json.dumps(CHAT).encode()
+    return {
+        "empty": b"",
+        "cut": chat[:-3],
+        "trailing": chat + b"x",
+        "two": chat + chat,
+        "not utf-8": chat.replace(b"1 up", b"\xff\xfe"),
+        "utf-16": json.dumps(CHAT).encode("utf-16"),
+        "bom": b"\xef\xbb\xbf" + chat,
+        "lone surrogate": chat.replace(b"1 up", b"\\ud800"),
+        "NaN": chat.replace(b'"max_tokens": 3', b'"temperature": NaN'),
+        "Infinity": chat.replace(b'"max_tokens": 3', b'"temperature": -Infinity'),
+        "1e999": chat.replace(b'"max_tokens": 3', b'"temperature": 1e999'),
+        "5000 digits": chat.replace(b'"max_tokens": 3', b'"max_tokens": ' + b"9" * 5000),
+        "deep lists": b'{"model": ' + b"[" * 20000 + b"]" * 20000 + b"}",
+        "deep objects": b'{"a":' * 8000 + b"1" + b"}" * 8000,
+        "nul": chat + b"\x00",
+        "a list": b"[" + chat + b"]",
+        "a number": b"3",
+        "null": b"null",
+        "a string": b'"x"',
+    }
+
+
+@pytest.mark.parametrize("name", bodies())
+@pytest.mark.parametrize("path", sorted(BASES))
+def test_a_body_that_is_no_request(http: httpx.Client, path: str, name: str) -> None:
+    answer = http.post(path, content=bodies()[name], headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    check(answer)
+
+
+def test_nul_in_a_text_is_text(http: httpx.Client) -> None:
+    body = CHAT | {"messages": [{"role": "user", "content": "\x00 1 up \x00"}]}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def nested(depth: int) -> Any:
+    value: Any = {"type": "object"}
+    for _ in range(depth):
+        value = {"type": "object", "properties": {"a": value}}
+    return value
+
+
+@pytest.mark.parametrize("depth", [10, 100, 300, 450])
+def test_tools_may_nest_as_deep_as_json_does(http: httpx.Client, depth: int) -> None:
+    tool = {"type": "function", "function": {"name": "move", "parameters": nested(depth)}}
+    for change in (
+        {"tools": [tool]},
+        {"tools": [nested(depth)]},
+        {"messages": [nested(depth)]},
+        {"stop": nested(depth)},
+    ):
+        check(http.post("/v1/chat/completions", json=CHAT | change))
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "json"])
+def test_a_body_of_another_kind(http: httpx.Client, kind: str) -> None:
+    answer = http.post("/v1/chat/completions", content=json.dumps(CHAT), headers={"content-type": kind})
+    assert answer.status_code == 415
+    assert "application/json" in answer.json()["error"]["message"]
+    check(answer)
+
+
+# --------------------------------------------------------------------------------------------------- raw connections
+
+
+def raw(url: str, sent: bytes, wait_s: float = 1.0) -> bytes:
+    """Sends bytes, and reads until the server closes or has said nothing for `wait_s`."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait_s) as connection:
+        answer = b""
+        try:
+            connection.sendall(sent)
+            while part := connection.recv(65536):
+                answer += part
+        except OSError:  # reset, timed out: what came before is the answer
+            pass
+        return answer
+
+
+def request(body: bytes, *headers: bytes, length: int | None = None) -> bytes:
+    size = len(body) if length is None else length
+    lines = [b"POST /v1/chat/completions HTTP/1.1", b"Host: x", b"Content-Type: application/json", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % size, b"", b""]) + body
+
+
+BODY = json.dumps(CHAT).encode()
+RAW: dict[str, tuple[bytes, tuple[bytes, ...]]] = {
+    "garbage": (b"\x16\x03\x01\x00\xa5\x01\x00\x00", (b"400",)),
+    "http/0.9": (b"GET /v1/models\r\n\r\n", (b"400",)),
+    "negative length": (request(BODY).replace(b"Content-Length: ", b"Content-Length: -"), (b"400",)),
+    "length in words": (request(BODY).replace(b"Content-Length: ", b"Content-Length: x"), (b"400",)),
+    "two lengths": (request(BODY, b"Content-Length: 1"), (b"400",)),
+    "length and chunks": (request(BODY, b"Transfer-Encoding: chunked"), (b"", b"400")),  # or just hung up on
+    "a huge length": (request(BODY, length=10**18), (b"413",)),
+    "short of its length": (request(BODY[:10], length=len(BODY)), (b"",)),
+    "longer than its length": (request(BODY, length=10), (b"400",)),
+    "a chunk without end": (
+        request(BODY, b"Transfer-Encoding: chunked").replace(b"Content-Length", b"X-Length"), (b"", b"400")),
+    "no host": (request(BODY).replace(b"Host: x\r\n", b""), (b"400",)),
+    "nul in a header": (request(BODY, b"X-A: a\x00b"), (b"400",)),
+    "a header of 1 MB": (request(BODY, b"X-A: " + b"a" * 1_000_000), (b"", b"400", b"431")),
+    "50000 headers": (request(BODY, *(b"X-%d: aaaaaaaaaaaaaaaaaaaa" % i for i in range(50000))), (b"", b"400", b"431")),
+    "a path of 1 MB": (b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", (b"", b"400", b"414")),
+    "no such method": (b"\x01\x02 / HTTP/1.1\r\nHost: x\r\n\r\n", (b"400",)),
+    "a websocket": (
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\n"
+        b"Sec-WebSocket-Version: 13\r\n\r\n", (b"200", b"400", b"426")),
+    "half a request line": (b"POST /v1/chat", (b"", b"400")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_bytes_that_are_no_request(server: Any, http: httpx.Client, name: str) -> None:
+    sent, expected = RAW[name]
+    answer = raw(server.url, sent)
+    status = answer.split(b" ", 2)[1] if answer else b""
+    assert status in expected, answer[:300]
+    assert http.get("/health/ready").status_code == 200
+    assert server.door.running == 0
+
+
+def test_a_body_that_never_arrives_is_given_up(start: Callable[..., Any]) -> None:
+    server = start(limits=Limits(max_body_bytes=50_000, max_body_s=0.3, max_requests=2, max_request_s=60.0))
+    began = time.monotonic()
+    answer = raw(server.url, request(b"abc", length=100), wait_s=10.0)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"did not arrive within 0.3 s" in answer
+    assert b"connection: close" in answer.lower()
+    assert time.monotonic() - began < 10.0
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
