@@ -106,6 +106,8 @@ def prctl(option, value):
 
 
 def main():
+    if sys.version_info < (3, 9):
+        raise SystemExit(f"the worker needs Python 3.9 or newer, and this is {sys.version.split()[0]}")
     if posix.getpid() != 1:
         raise SystemExit("not process 1 of a box")  # it kills "all the others": never outside a box
     posix.closerange(3, 1024)  # whatever the starter left open would be inherited by every command

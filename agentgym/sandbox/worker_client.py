@@ -59,7 +59,7 @@ COMPILE = """
 import marshal, sys
 from _frozen_importlib_external import MAGIC_NUMBER
 sources = marshal.loads(sys.stdin.buffer.read())
-code = marshal.dumps([(name, compile(source, name, "exec")) for name, source in sources])
+code = marshal.dumps([(name, compile(source, name, "exec", optimize=2)) for name, source in sources])
 sys.stdout.buffer.write(marshal.dumps((MAGIC_NUMBER, code), 2))
 """
 
@@ -83,7 +83,8 @@ def _program(python: str | None, _version: tuple[int, int] | None, modules: tupl
     sources = [(f"agentgym.sandbox.{name}", (package / f"{name}.py").read_text("utf-8")) for name in names]
     if python is None:
         magic = importlib.util.MAGIC_NUMBER
-        code = marshal.dumps([(name, compile(source, name, "exec", dont_inherit=True)) for name, source in sources])
+        compiled = [(name, compile(text, name, "exec", dont_inherit=True, optimize=2)) for name, text in sources]
+        code = marshal.dumps(compiled)
     else:  # the host's own interpreter: trusted as this one is
         done = subprocess.run(
             [python, "-I", "-S", "-c", COMPILE], input=marshal.dumps(sources, 2), capture_output=True, check=False
@@ -171,7 +172,8 @@ class WorkerClient:
             except OSError as error:
                 raise self._died(str(error)) from error
         if "error" in reply:
-            message = f"sandbox {self._name}: {str(reply.get('message', ''))[:2000]}"
+            said = str(reply.get("message", ""))[:2000].encode("utf-8", "backslashreplace").decode()
+            message = f"sandbox {self._name}: {said}"
             raise KINDS.get(str(reply["error"]), SandboxError)(message)
         return reply, data
 

@@ -57,17 +57,17 @@ class Processes:
         prefer_for_killing(pid)
         return pid
 
-    def kill(self, pid, spared):
-        """Kills the process group of `pid` and whatever was born since `spared` was taken, daemons included."""
+    def kill(self, pid, before, sessions=()):
+        """Kills the process group of `pid` and whatever was born since `before` was taken, daemons included; but not
+        what belongs to an older session, or to one of `sessions`: nothing can enter a session that is there already."""
+        spared = {*before.values(), *sessions}
         signalled(-pid, _signal.SIGKILL)
         for attempt in range(30):
-            if spared:
-                for other, _ in alive() - spared:
-                    signalled(other, _signal.SIGKILL)
-            else:
-                signalled(-1, _signal.SIGKILL)
+            born = [entry[0] for entry, session in alive().items() if entry not in before and session not in spared]
+            for other in born if before or sessions else [-1]:  # -1: all at once, where nobody is to be spared
+                signalled(other, _signal.SIGKILL)
             self.line.reap()
-            if not alive() - spared:
+            if not born:
                 return
             time.sleep(0.001 * attempt)
         signalled(-1, _signal.SIGKILL)  # something forks faster than it can be found
@@ -200,8 +200,7 @@ class Processes:
         """Its state is lost, so everything born after it goes with it. Its exit code; None if it had to be killed."""
         resident = self.residents.pop(number)
         code = self.status_within(resident.pid, patience_s)
-        others = {other.pid for other in self.residents.values()}
-        self.kill(resident.pid, resident.before | {entry for entry in alive() if entry[0] in others})
+        self.kill(resident.pid, resident.before, [other.pid for other in self.residents.values()])
         self.status_within(resident.pid, 1.0)
         del self.line.statuses[resident.pid]
         resident.close()
@@ -246,8 +245,9 @@ class Processes:
         if not before:
             signalled(-1, _signal.SIGCONT)
         else:
-            for pid, _ in alive(STOPPED) - before:
-                signalled(pid, _signal.SIGCONT)
+            for entry in alive(STOPPED):
+                if entry not in before:
+                    signalled(entry[0], _signal.SIGCONT)
 
 
 def prefer_for_killing(pid):
@@ -274,14 +274,14 @@ def signalled(pid, number):
 
 
 def alive(states=None):
-    """{(pid, start time)} of what lives in the box but the worker, or of what is in one of these states; the pair tells
-    reused pids apart."""
-    found = set()
+    """{(pid, start time): session} of what lives in the box but the worker, or of what is in one of these states; the
+    pair tells reused pids apart."""
+    found = {}
     for name in posix.listdir("/proc"):
         if name.isdigit() and name != "1":
             fields = stat_of(f"/proc/{name}/stat")
             if fields and (fields[0] not in DEAD if states is None else fields[0] in states):
-                found.add((int(name), int(fields[19])))
+                found[int(name), int(fields[19])] = int(fields[3])
     return found
 
 

@@ -98,7 +98,7 @@ def exports_one_moment(open_box: Opener) -> None:
 
 def stands_still(open_box: Opener) -> None:
     with open_box(SandboxSpec()) as box:
-        box.exec(f"({COUNTER}) >/dev/null 2>&1 &")
+        box.exec(f"touch a b /tmp/log; ({COUNTER}) >/dev/null 2>&1 &")
         box.exec("while :; do for i in 1 2 3; do (exec true); done; echo x >> /tmp/log; done >/dev/null 2>&1 &")
         process = box.start_process(["cat"])
         time.sleep(0.1)
