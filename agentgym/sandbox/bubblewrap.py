@@ -28,7 +28,8 @@ from agentgym.errors import SandboxError, UnavailableError
 from agentgym.sandbox.worker_client import START_S
 
 MEND = "install it (apt-get install bubblewrap) or use sandbox.tier=docker"
-STARTERS = ("bwrap: ", "setpriv: ", "agentgym-start: ")  # who may complain before the worker runs
+SHELL_NAME = "agentgym-start"
+STARTERS = ("bwrap: ", "setpriv: ", f"{SHELL_NAME}: ")  # who may complain before the worker runs
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 
 
@@ -134,7 +135,8 @@ class BubblewrapProcess:
             self._thread.join(1.0)
         code = self._process.poll() if self._process else None
         said = self._complaint.decode(errors="replace").strip()
-        return f"bubblewrap ended with code {code}{': ' if said else ''}{said}"
+        ended = "bubblewrap still runs" if code is None else f"bubblewrap ended with code {code}"
+        return f"{ended}{': ' if said else ''}{said}"
 
     def refused(self) -> bool:
         """Whether it ended because no box can be made."""
@@ -164,7 +166,7 @@ def enter(entrances: Sequence[str]) -> list[str]:
     if not entrances:
         return []
     script = "; ".join(["set -e", *(f"echo 0 > {shlex.quote(file)}" for file in entrances), 'exec "$@"'])
-    return ["/bin/sh", "-c", script, "agentgym-start"]
+    return ["/bin/sh", "-c", script, SHELL_NAME]
 
 
 def identity(uid: int | None) -> tuple[list[str], int | None]:
@@ -187,6 +189,11 @@ def setpriv() -> str | None:
 
 def start_error(said: str) -> UnavailableError:
     """No box can be made on this machine."""
+    if f"{SHELL_NAME}: " in said:
+        return UnavailableError(
+            f"a namespace box cannot go into its cgroups ({said}); the kernel refuses that to an owner with a real-"
+            "time policy (chrt) and to all where a cgroup above is full; mend that or use sandbox.tier=docker"
+        )
     return UnavailableError(
         f"bubblewrap cannot make a box here ({said}); allow user namespaces (sysctl user.max_user_namespaces > 0, "
         "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container they need "

@@ -90,9 +90,10 @@ class NamespaceSandbox(WorkerSandbox):
                 modules = {"worker_landlock": _landlock(spec, prefix)}
                 applied = self._boot(rlimits, compiled_for=python, modules=modules)
             except SandboxDiedError as error:
+                epitaph = process.epitaph()
                 if process.refused():
-                    raise start_error(process.epitaph()) from error
-                raise
+                    raise start_error(epitaph) from error
+                raise SandboxDiedError(str(error) if epitaph in str(error) else f"{error}; {epitaph}") from error
             self.limits = {**limits, "landlock": str(applied["worker_landlock"])}
             owner().keep(name, self._client.renew, spec.lease_s)
             self._undo = undo.pop_all()

@@ -309,6 +309,15 @@ def test_a_machine_without_setpriv(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cgroups_of_this_process() == []
 
 
+def test_cgroups_that_cannot_be_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup.Cgroup, "entrances", property(lambda _: ["/proc/version"]))
+    if not can_limit_memory():
+        pytest.skip("no cgroup can be made here")
+    with pytest.raises(UnavailableError, match=r"cannot go into its cgroups \(.*echo.*\).*chrt"):
+        open_sandbox("namespace")
+    assert cgroups_of_this_process() == []
+
+
 def test_a_machine_without_bubblewrap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnavailableError, match=r"bwrap.*apt-get install bubblewrap"):
