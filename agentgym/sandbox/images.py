@@ -161,8 +161,9 @@ def _follow(lines: Iterable[Any], context: Context, say: Report, until: float) -
         text = str(line.get("stream") or line.get("status") or "") if isinstance(line, dict) else str(line)
         for part in text.splitlines():
             if part.strip():
-                last.append(part.rstrip())
                 say(part.rstrip())
+                if not part.startswith(("Removing intermediate", " ---> ")):  # what the builder says of itself
+                    last.append(part.rstrip())
         error = line.get("error") if isinstance(line, dict) else None
         if time.monotonic() > until:
             error = error or "it took too long"

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from agentgym.errors import UnavailableError, UnknownNameError
+from agentgym.errors import InputError, UnavailableError, UnknownNameError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
 
 
@@ -58,3 +58,45 @@ def test_an_unknown_tier_is_named() -> None:
     for call in (choose_tier, open_sandbox):
         with pytest.raises(UnknownNameError, match="did you mean 'docker'"):
             call("dockr")
+    for call in (choose_tier, open_sandbox):
+        with pytest.raises(UnknownNameError, match="did you mean 'gvisor'"):
+            call("auto", at_least="gvisr")
+
+
+@pytest.mark.parametrize(("tier", "at_least"), [("namespace", "docker"), ("namespace", "gvisor"), ("docker", "gvisor")])
+def test_a_task_is_refused_below_the_isolation_that_it_declares(tier: str, at_least: str) -> None:
+    for call in (choose_tier, open_sandbox):
+        with pytest.raises(
+            InputError, match=rf"declares sandbox tier '{at_least}'.*tier={tier} isolates less.*tier={at_least}"
+        ):
+            call(tier, at_least=at_least)
+
+
+@pytest.mark.bubblewrap
+def test_auto_never_takes_less_than_the_task_declares(no_docker: None) -> None:
+    assert choose_tier("auto", at_least="namespace") == "namespace"
+    for at_least in ("docker", "gvisor"):
+        with pytest.raises(UnavailableError, match=f"with at least the isolation of '{at_least}'") as caught:
+            choose_tier("auto", at_least=at_least)
+        assert "Bubblewrap" not in str(caught.value)
+
+
+@pytest.mark.bubblewrap
+def test_a_relaxed_box_is_no_namespace_box(no_docker: None) -> None:
+    with pytest.raises(UnavailableError, match=r"at least the isolation of 'docker'.*no Docker daemon"):
+        open_sandbox("auto", SandboxSpec(network="bridge"))
+
+
+@pytest.mark.docker
+def test_auto_takes_gvisor_when_nothing_less_will_do(caplog: pytest.LogCaptureFixture) -> None:
+    import docker
+
+    client = docker.from_env()
+    runtimes = client.info()["Runtimes"]
+    client.close()
+    if "runsc" not in runtimes:
+        pytest.skip("the Docker daemon has no runtime runsc")
+    with caplog.at_level(logging.INFO, "agentgym.sandbox"):
+        assert choose_tier("auto", at_least="gvisor") == "gvisor"
+    assert "sandbox tier: gvisor" in caplog.text
+    assert choose_tier("docker", at_least="docker") == "docker"

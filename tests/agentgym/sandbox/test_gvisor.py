@@ -1,11 +1,13 @@
-"""Docker with gVisor's runtime: a kernel of its own, and the reasons when it cannot be had."""
+"""Docker with gVisor's runtime: a kernel of its own, whose processes are counted inside. The reasons why it cannot be
+had are in test_docker_host, what both Docker tiers share in test_docker."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from agentgym.errors import UnavailableError
-from agentgym.sandbox import SandboxSpec, choose_tier, docker_settings, open_sandbox
+from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
 
 pytestmark = pytest.mark.docker
 
@@ -36,22 +38,23 @@ def test_a_box_has_a_kernel_of_its_own(gvisor: None) -> None:
         assert box.exec("ulimit -p 2>/dev/null || ulimit -u").text.strip() == "30"
 
 
-def test_a_daemon_without_the_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_settings, "GVISOR_RUNTIME", "runsc-not-there")
-    for ask in (lambda: choose_tier("gvisor"), lambda: open_sandbox("gvisor")):
-        with pytest.raises(
-            UnavailableError, match=r"tier=gvisor cannot be had here.*no runtime 'runsc-not-there'.*daemon\.json"
-        ):
-            ask()
+def test_it_runs_as_many_processes_as_the_spec_says(gvisor: None) -> None:
+    """Each holds a dozen threads of the host, which must not run out first."""
+    with open_sandbox("gvisor", SandboxSpec(pids=60)) as box:
+        result = box.exec("for i in $(seq 50); do sleep 20 & done; sleep 0.2; echo started", timeout_s=60)
+        assert (result.exit_code, result.text) == (0, "started\n"), result.error_text
+        assert b"fork" in box.exec("for i in $(seq 20); do sleep 20 & done", timeout_s=60).stderr
+        box.ping()
+        started = time.monotonic()
+        box.close()
+        assert time.monotonic() - started < 10, "gVisor is not told to kill what ends by itself"
 
 
-def test_a_network_that_the_runtime_does_not_give_is_refused(gvisor: None) -> None:
-    import docker
+def test_a_choice_is_tried_once(gvisor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentgym.sandbox.docker_host import connect
 
-    client = docker.from_env()
-    arguments = client.info()["Runtimes"]["runsc"].get("runtimeArgs") or []
-    client.close()
-    if "--network=none" not in arguments:
-        pytest.skip("runsc is registered with a network here")
-    with pytest.raises(UnavailableError, match="registered with --network=none"):
-        open_sandbox("gvisor", SandboxSpec(network="bridge"))
+    daemon = connect()
+    monkeypatch.setattr(daemon, "gvisor_ran", False)
+    assert choose_tier("gvisor") == "gvisor"
+    assert daemon.gvisor_ran, "a box of it has run"
+    assert choose_tier("gvisor") == "gvisor"
