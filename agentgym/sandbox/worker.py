@@ -106,8 +106,17 @@ def prctl(option, value):
 
 
 def main():
-    if sys.version_info < (3, 9):
-        raise SystemExit(f"the worker needs Python 3.9 or newer, and this is {sys.version.split()[0]}")
+    try:
+        if not hasattr(posix, "waitstatus_to_exitcode"):
+            raise ImportError(f"the worker needs Python 3.9 or newer, and this is {sys.version.split()[0]}")
+        Worker(Line(*prepare())).serve()
+    except BaseException as error:  # noqa: BLE001 one line for the host instead of a traceback, then the box ends
+        posix.write(2, f"its worker failed: {type(error).__name__}: {error}\n".encode("utf-8", "replace")[:1000])
+        posix._exit(1)
+
+
+def prepare():
+    """Makes this process what a worker is; the descriptors of the frames."""
     if posix.getpid() != 1:
         raise SystemExit("not process 1 of a box")  # it kills "all the others": never outside a box
     posix.closerange(3, 1024)  # whatever the starter left open would be inherited by every command
@@ -120,8 +129,4 @@ def main():
     for fd in (0, 1):
         posix.dup2(null, fd)
     posix.close(null)
-    try:
-        Worker(Line(input_fd, output_fd)).serve()
-    except BaseException as error:  # noqa: BLE001 one line for the host instead of a traceback, then the box ends
-        posix.write(2, f"its worker failed: {type(error).__name__}: {error}\n".encode("utf-8", "replace")[:1000])
-        posix._exit(1)
+    return input_fd, output_fd

@@ -8,7 +8,9 @@ import select
 import time
 
 from agentgym.sandbox.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, tag_of
+from agentgym.sandbox.worker_streams import read_some
 
+LOOK_S = 1.0
 START_LEASE_S = 60.0  # until the start request names the real one
 
 
@@ -44,27 +46,28 @@ class Line:
         for fd, events in fds.items():
             poll.register(fd, events)
         end = self.heard + self.lease_s
-        ready = dict(poll.poll(max(0.0, (min(end, end if until is None else until) - time.monotonic()) * 1000)))
+        # a wake-up may be stolen (on gVisor, through /proc/1/fd), so what is waited for is looked after anyway
+        wake = end if until is None else min(end, until, time.monotonic() + LOOK_S)
+        ready = dict(poll.poll(max(0.0, (wake - time.monotonic()) * 1000)))
         if ready.pop(self.input_fd, None):
             self.hear()
         elif time.monotonic() >= end:
             posix._exit(0)  # the lease is over: everything in the box ends with pid 1
         if ready.pop(self.wake_fd, None):
-            posix.read(self.wake_fd, 4096)
+            read_some(self.wake_fd)
         self.reap()
         return ready
 
     def hear(self):
         try:
-            data = posix.read(self.input_fd, 1 << 18)
-        except BlockingIOError:
-            return
+            data = read_some(self.input_fd, 1 << 18)
         except OSError:
             data = b""
-        if not data:
+        if data == b"":
             posix._exit(0)  # the owner is gone
-        self.received += data
-        self.heard = time.monotonic()
+        elif data:
+            self.received += data
+            self.heard = time.monotonic()
 
     def reap(self):
         while True:

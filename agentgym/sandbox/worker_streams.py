@@ -67,10 +67,10 @@ class Pipes:
             posix.close(fd)
 
 
-def read_some(fd):
+def read_some(fd, most=CHUNK):
     """Bytes, b"" at the end of the stream, None when there is nothing now."""
     try:
-        return posix.read(fd, CHUNK)
+        return posix.read(fd, most)
     except BlockingIOError:
         return None
 

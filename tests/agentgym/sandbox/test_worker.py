@@ -160,7 +160,7 @@ def test_renewing_a_box_that_is_gone_says_nothing() -> None:
         box.exec("true")
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.bubblewrap
@@ -211,9 +211,9 @@ def test_arguments_that_are_too_long_are_an_error_of_the_command() -> None:
 
 @pytest.mark.bubblewrap
 def test_a_box_without_memory_for_its_worker_refuses_and_goes_on() -> None:
+    data = bytes(20 * 2**20)
     with open_worker(SandboxSpec(memory_mb=64, tmpfs_mb=64)) as box:
         for _ in range(3):
-            data = bytes(20 * 2**20)
             box.write_file("/work/f", data)
             assert box.read_file("/work/f") == data, "files pass through in pieces"
         assert box.export(["f"]).num_bytes == len(data)
