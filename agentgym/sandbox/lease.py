@@ -176,6 +176,7 @@ class Owner:
         return descriptor
 
     def _renew_for_ever(self) -> None:
+        self._reap_launcher()
         beat = time.monotonic() + HEARTBEAT_S
         while True:
             with self._changed:
@@ -193,6 +194,12 @@ class Owner:
                 beat = now + HEARTBEAT_S
                 self._beat()
 
+    def _reap_launcher(self) -> None:
+        """The reaper's first process ends as soon as it has made the second."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._reaper_start is not None:
+                self._reaper_start.wait(HEARTBEAT_S)
+
     def _renew(self, name: str, kept: _Kept) -> None:
         try:
             kept.renew()
@@ -206,6 +213,7 @@ class Owner:
         try:
             os.utime(self._descriptor)
             self.ensure_reaper()
+            self._reap_launcher()
         except (AgentGymError, OSError) as error:
             logger.warning("the lease of this process in %s: %s", self.folder, error)
 

@@ -7,7 +7,6 @@ in the background by few threads (a Docker daemon starts about five a second, ho
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -15,13 +14,14 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from agentgym.errors import AgentGymError, InputError, SandboxDiedError, SandboxError, UnavailableError
+from agentgym.errors import AgentGymError, InputError, SandboxDiedError, SandboxError
 from agentgym.sandbox.choose import choose_tier, open_sandbox
 from agentgym.sandbox.pooled_box import PooledBox
+from agentgym.sandbox.shelf import Shelf, spec_key
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 KEPT_SPECS = 8  # of more different specs, only those asked for last are kept warm
 IDLE_S = 300.0  # a spec that nobody asked for in so long is not kept warm
 BACKLOG = 32  # used boxes that wait for their end; whoever closes one more ends it himself
-LONGEST_PAUSE_S = 15.0  # between two tries while nothing can be started
 RECENT = 256  # starts that the median is of
 
 
@@ -101,20 +100,6 @@ class PoolMetrics:
         return {f"sandbox_{name}": float(value) for name, value in values.items()}
 
 
-@dataclass(slots=True)
-class _Shelf:
-    """The boxes of one spec."""
-
-    spec: SandboxSpec
-    asked: float  # when it was last asked for, on the monotonic clock
-    warm: deque[Sandbox] = field(default_factory=deque)
-    starting: int = 0
-    waiting: int = 0  # calls of open
-    failure: AgentGymError | None = None  # of the last start, until somebody is told
-    failures: int = 0  # in a row
-    retry_at: float = 0.0
-
-
 class SandboxPool:
     """Warm boxes. Implements BoxSource.
 
@@ -137,7 +122,7 @@ class SandboxPool:
         self._source = box_source(source, host)
         self._warm, self._starters, self._idle_s = warm, starters, idle_s
         self._changed = threading.Condition()
-        self._shelves: dict[Hashable, _Shelf] = {}
+        self._shelves: dict[Hashable, Shelf] = {}
         self._in_use: set[PooledBox] = set()
         self._used: deque[Sandbox] = deque()
         self._ending = 0  # boxes whose end is under way; those in _used come on top
@@ -236,21 +221,12 @@ class SandboxPool:
                         self._in_use.add(box)
                         return box, waited
                     if shelf.failure is not None:
-                        raise _copy(shelf.failure) from self._told(shelf)
+                        raise shelf.told()
                     self._wake()
                     self._changed.wait()
             finally:
                 shelf.waiting -= 1
                 self._wake()  # a place on the shelf is free
-
-    def _told(self, shelf: _Shelf) -> AgentGymError:
-        """The failure of the last start. After one failure one caller is told and the others have a second chance;
-        after more, or when it is the person's turn, all that wait are told."""
-        failure = shelf.failure
-        assert failure is not None
-        if shelf.waiting == 1 or (shelf.failures == 1 and not isinstance(failure, UnavailableError)):
-            shelf.failure = None
-        return failure
 
     def _give_back(self, pooled: PooledBox, box: Sandbox) -> None:
         """Ends a used box, in the background unless too many wait for that already."""
@@ -274,14 +250,14 @@ class SandboxPool:
             pooled.close()
         return pooled
 
-    def _shelf(self, spec: SandboxSpec) -> _Shelf:
+    def _shelf(self, spec: SandboxSpec) -> Shelf:
         """Call with the lock held."""
         self._check_open()
         key = spec_key(spec)
         now = time.monotonic()
         shelf = self._shelves.get(key)
         if shelf is None:
-            shelf = self._shelves[key] = _Shelf(spec, now)
+            shelf = self._shelves[key] = Shelf(spec, now)
         shelf.asked = now
         return shelf
 
@@ -327,22 +303,20 @@ class SandboxPool:
             finally:
                 self._started(shelf, box, failure, time.monotonic() - began)
 
-    def _started(self, shelf: _Shelf, box: Sandbox | None, failure: AgentGymError | None, seconds: float) -> None:
+    def _started(self, shelf: Shelf, box: Sandbox | None, failure: AgentGymError | None, seconds: float) -> None:
         with self._changed:
             shelf.starting -= 1
             if box is not None:
-                shelf.failure, shelf.failures, shelf.retry_at = None, 0, 0.0
+                shelf.succeeded()
                 self._start_s.append(seconds)
                 (self._used if self._closed else shelf.warm).append(box)
             elif failure is not None:
                 self._failed += 1
-                shelf.failure, shelf.failures = failure, shelf.failures + 1
-                pause_s = 0.0 if shelf.failures == 1 else min(0.25 * 2 ** (shelf.failures - 2), LONGEST_PAUSE_S)
-                shelf.retry_at = time.monotonic() + pause_s
+                shelf.failed(failure)
                 logger.warning("a sandbox could not be started (%d in a row): %s", shelf.failures, failure)
             self._changed.notify_all()
 
-    def _next_start(self) -> _Shelf | None:
+    def _next_start(self) -> Shelf | None:
         """What is missing most: a box that is waited for, then one to be held ready. Call with the lock held."""
         if self._closed:
             return None
@@ -353,10 +327,12 @@ class SandboxPool:
         # one try at a time while they fail
         ready = [shelf for shelf in ready if not (shelf.failures and shelf.starting)]
         for shelf in sorted(ready, key=lambda shelf: shelf.asked):
-            if shelf.waiting > shelf.starting + len(shelf.warm):
+            is_to_be_told = shelf.is_refused and shelf.failure is not None  # to all that wait
+            if shelf.waiting > shelf.starting + len(shelf.warm) and not is_to_be_told:
                 return shelf
         for shelf in ready:
-            if shelf in recent[:KEPT_SPECS] and shelf.starting + len(shelf.warm) < shelf.waiting + self._warm:
+            is_kept = shelf in recent[:KEPT_SPECS] and not shelf.is_refused
+            if is_kept and shelf.starting + len(shelf.warm) < shelf.waiting + self._warm:
                 return shelf
         return None
 
@@ -405,14 +381,3 @@ class SandboxPool:
                 self._ended += 1
                 self._changed.notify_all()
         return True
-
-
-def _copy(failure: AgentGymError) -> AgentGymError:
-    """The same failure for one more caller: an exception object belongs to one traceback."""
-    return copy.copy(failure).with_traceback(None)
-
-
-def spec_key(spec: SandboxSpec) -> Hashable:
-    """Equal for specs whose boxes are alike."""
-    values = (getattr(spec, item.name) for item in dataclasses.fields(spec))
-    return tuple(tuple(sorted(value.items())) if isinstance(value, Mapping) else value for value in values)

@@ -26,7 +26,6 @@ def main(folder: str, pid: int, started: str) -> None:
         os._exit(0)  # the owner's child is gone, its grandchild is nobody's
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends when its owner has ended, and by itself
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     lock = take_lock(os.path.join(folder, "reaper"))
     if lock is None:
         return  # there is one already

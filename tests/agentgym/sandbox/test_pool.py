@@ -392,6 +392,20 @@ def test_what_is_the_persons_turn_is_told_to_all_at_once(source: MemorySource, m
     assert len({id(failure) for failure in failures}) == 4
 
 
+def test_what_was_refused_is_tried_again_when_it_is_asked_for_and_not_before(source: MemorySource, make):
+    pool = make(warm=2, starters=2)
+    source.failures = [UnavailableError("the image is not built yet")] * 2
+    pool.prefetch(SPEC)
+    settle(pool)
+    tries = len(source.tries)
+    assert 1 <= tries <= 2
+    time.sleep(0.6)
+    assert len(source.tries) == tries
+    source.failures = []
+    pool.open().ping()  # it was built meanwhile: what was said before is not told
+    eventually(lambda: pool.metrics().warm == 2)
+
+
 def test_a_bug_in_a_start_leaves_nobody_waiting(source: MemorySource, make, monkeypatch: pytest.MonkeyPatch):
     shown = []
     monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_type))
