@@ -41,7 +41,7 @@ HOST_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/nix/store")
 SYSTEM_FOLDERS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 WRITABLE_FOLDERS = ("/tmp", "/dev/shm", WORK_DIRECTORY)
 # what everybody may read in the host's /proc and a container's default hides, and the addresses of the kernel
-MASKED = ("acpi", "asound", "interrupts", "kallsyms", "kcore", "keys", "latency_stats", "sched_debug", "scsi")
+MASKED = ("interrupts", "kallsyms", "kcore", "keys", "latency_stats", "sched_debug", "timer_list", "timer_stats")
 ISOLATION = (
     "--unshare-all",
     "--unshare-user",
@@ -200,16 +200,12 @@ def _links() -> list[str]:
 
 @functools.cache
 def _masks() -> tuple[str, ...]:
-    """Empty things over what /proc tells of the host. /proc/sys is read-only: some of it (the limits of messages) would
-    be the box's to write; it shows the namespaces of who looks, whichever /proc it is taken from."""
+    """Nothing in place of what /proc tells of the host. /proc/sys is read-only: some of it (the limits of messages)
+    would be the box's to write; it shows the namespaces of who looks, whichever /proc it is taken from."""
     options = ["--ro-bind", "/proc/sys", "/proc/sys"]
     for name in MASKED:
         path = f"/proc/{name}"
-        if not os.path.exists(path) or not os.stat(path).st_mode & stat.S_IROTH:
-            continue
-        if os.path.isdir(path):
-            options += ["--tmpfs", path, "--remount-ro", path]
-        else:
+        if os.path.exists(path) and os.stat(path).st_mode & stat.S_IROTH:
             options += ["--ro-bind", "/dev/null", path]
     return tuple(options)
 
