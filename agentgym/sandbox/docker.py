@@ -15,7 +15,7 @@ import re
 import docker.errors
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import gvisor_calls
+from agentgym.sandbox import gvisor_calls, seccomp
 from agentgym.sandbox.box import WorkerSandbox
 from agentgym.sandbox.docker_container import Container, NoPythonError
 from agentgym.sandbox.docker_host import FAILURES, Daemon, DockerHost, connect, root_cause
@@ -69,7 +69,7 @@ class DockerSandbox(WorkerSandbox):
         super().__init__(tier, container.name, spec, channel, enforced(tier, spec, "resident"))
         try:
             container.start()
-            self._boot({}, modules=gvisor_calls.modules(daemon.info()) if tier == "gvisor" else None)
+            self._boot({}, modules=(gvisor_calls if tier == "gvisor" else seccomp).modules(daemon.info()))
         except BaseException as error:
             self._client.close()
             failure = container.failed(_without_python(spec, error))

@@ -16,7 +16,9 @@ from __future__ import annotations
 import errno
 import functools
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from agentgym.sandbox.syscall_numbers import NUMBERS
 
@@ -200,6 +202,13 @@ def ruling(name: str) -> str:
     if name in CONDITIONAL:
         return name
     return "allow" if name in ALLOWED else "unknown" if name in UNKNOWN else "refuse"
+
+
+def modules(info: Mapping[str, Any]) -> dict[str, dict[str, bytes]]:
+    """What the worker of a container is sent along, on the machine of the daemon that says this of itself: the profile
+    of an older Docker daemon lets io_uring through, which no filter sees into."""
+    filter_program = program(str(info.get("Architecture")))
+    return {"worker_seccomp": {"program": filter_program}} if filter_program else {}
 
 
 @functools.cache
