@@ -230,9 +230,11 @@ def _exported(box: Sandbox, paths: tuple[str, ...]) -> Archive:
 
 def without_automatic(artifacts: Archive, declared: tuple[str, ...]) -> tuple[Archive, tuple[str, ...]]:
     """The archive without what programs pick up by themselves, and what that was."""
-    left_out = {path for path in (*artifacts.files, *artifacts.folders) if is_automatic("/" + path, declared)}
-    files = {path: file for path, file in artifacts.files.items() if path not in left_out}
-    return Archive(files, artifacts.folders - left_out), tuple(sorted("/" + path for path in left_out))
+    files = {path: file for path, file in artifacts.files.items() if not is_automatic("/" + path, declared)}
+    needed = {path[:i] for path in files for i, character in enumerate(path) if character == "/"}
+    folders = {path for path in artifacts.folders if path in needed or not is_automatic("/" + path, declared)}
+    left_out = (set(artifacts.files) | artifacts.folders) - set(files) - folders
+    return Archive(files, frozenset(folders)), tuple(sorted("/" + path for path in left_out))
 
 
 def is_automatic(path: str, declared: tuple[str, ...]) -> bool:
