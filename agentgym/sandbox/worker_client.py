@@ -130,6 +130,7 @@ class WorkerClient:
         self._key = b""
         self._num_sent = self._num_received = 0
         self._next_id = 1
+        self._is_booted = False
         self._dead: str | None = None
 
     def boot(self, start: Mapping[str, Any], program: bytes) -> dict[str, Any]:
@@ -140,6 +141,7 @@ class WorkerClient:
             raise self._died(f"it did not take its worker ({error})") from error
         key = secrets.token_bytes(32)
         greeting, _ = self.request("start", {**start, "key": key}, wait_s=START_S, new_key=key)
+        self._is_booted = True  # before, a renewal could meet the worker between two keys
         return greeting
 
     def request(
@@ -183,7 +185,7 @@ class WorkerClient:
         if not self._send_lock.acquire(blocking=False):
             return  # a frame is being sent, which renews as well
         try:
-            if self._dead is None and self._key:
+            if self._dead is None and self._is_booted:
                 self._send_held({"op": "renew"}, b"", time.monotonic() + 1.0)
         except OSError as error:
             self._died(f"its lease could not be renewed ({error})")  # half a frame may have been sent

@@ -11,6 +11,7 @@ from agentgym.sandbox.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, 
 from agentgym.sandbox.worker_streams import read_some
 
 LOOK_S = 1.0
+MAX_FRAME = 64 << 20
 START_LEASE_S = 60.0  # until the start request names the real one
 
 
@@ -27,6 +28,7 @@ class Line:
         self.input_fd, self.output_fd = input_fd, output_fd
         posix.set_blocking(output_fd, False)
         self.received = bytearray()
+        self.frames = []
         self.key = b""
         self.num_taken = self.num_sent = 0
         self.lease_s, self.heard = START_LEASE_S, time.monotonic()
@@ -45,18 +47,21 @@ class Line:
         poll.register(self.wake_fd, select.POLLIN)
         for fd, events in fds.items():
             poll.register(fd, events)
-        end = self.heard + self.lease_s
+        end = self.lease_end()
         # a wake-up may be stolen (on gVisor, through /proc/1/fd), so what is waited for is looked after anyway
         wake = end if until is None else min(end, until, time.monotonic() + LOOK_S)
         ready = dict(poll.poll(max(0.0, (wake - time.monotonic()) * 1000)))
         if ready.pop(self.input_fd, None):
             self.hear()
-        elif time.monotonic() >= end:
+        if time.monotonic() >= self.lease_end():
             posix._exit(0)  # the lease is over: everything in the box ends with pid 1
         if ready.pop(self.wake_fd, None):
             read_some(self.wake_fd)
         self.reap()
         return ready
+
+    def lease_end(self):
+        return self.heard + self.lease_s
 
     def hear(self):
         try:
@@ -65,9 +70,32 @@ class Line:
             data = b""
         if data == b"":
             posix._exit(0)  # the owner is gone
-        elif data:
-            self.received += data
-            self.heard = time.monotonic()
+        self.received += data or b""
+        while self.understand():
+            pass
+
+    def understand(self):
+        """Takes the next frame out of what was received; whether there was a whole one. Only a frame that the host wrote
+        renews the lease."""
+        if len(self.received) < SIZES + TAG:
+            return False
+        sizes, tag = bytes(self.received[:SIZES]), bytes(self.received[SIZES : SIZES + TAG])
+        middle = SIZES + TAG + int.from_bytes(sizes[:4], "big")
+        end = middle + int.from_bytes(sizes[4:], "big")
+        if end > MAX_FRAME:
+            raise SystemExit("a frame that its host did not write")
+        if len(self.received) < end:
+            return False
+        header, body = bytes(self.received[SIZES + TAG : middle]), bytes(self.received[middle:end])
+        if tag_of(self.key, HOST, self.num_taken, sizes, header, body) != tag:
+            raise SystemExit("a frame that its host did not write")
+        del self.received[:end]
+        self.num_taken += 1
+        self.heard = time.monotonic()
+        fields = marshal.loads(header)  # only from the host, which proved that it is
+        if fields["op"] != "renew":
+            self.frames.append((fields, body))
+        return True
 
     def reap(self):
         while True:
@@ -82,26 +110,11 @@ class Line:
 
     # ------------------------------------------------------------------------------------------------------- frames
 
-    def take(self, size):
-        while len(self.received) < size:
-            self.wait(None, {})
-        data = bytes(self.received[:size])
-        del self.received[:size]
-        return data
-
     def frame(self):
         """The next frame that is more than a renewal of the lease: (header, body)."""
-        while True:
-            head = self.take(SIZES + TAG)
-            sizes = head[:SIZES]
-            header = self.take(int.from_bytes(sizes[:4], "big"))
-            body = self.take(int.from_bytes(sizes[4:], "big"))
-            if tag_of(self.key, HOST, self.num_taken, sizes, header, body) != head[SIZES:]:
-                raise SystemExit("a frame that its host did not write")
-            self.num_taken += 1
-            fields = marshal.loads(header)  # only from the host, which proved that it is
-            if fields["op"] != "renew":
-                return fields, body
+        while not self.frames:
+            self.wait(None, {})
+        return self.frames.pop(0)
 
     def send(self, fields, body):
         header = as_json(fields).encode()

@@ -152,6 +152,20 @@ def test_a_lease_is_renewed_by_every_frame_and_by_renewals_between_the_parts_of_
 
 
 @pytest.mark.bubblewrap
+def test_bytes_that_are_no_frame_renew_nothing() -> None:
+    with open_worker(SandboxSpec(lease_s=1.0)) as box:
+        owner().forget(box.name)
+        channel, until = box._client._channel, time.monotonic() + 20
+        started = time.monotonic()
+        channel.send(b"\0\0\x80\0\0\0\0\0", until)  # a header of 32,768 bytes, which never ends
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):
+            while time.monotonic() < until:
+                time.sleep(0.1)
+                channel.send(b"x", until)
+        assert time.monotonic() - started < 8
+
+
+@pytest.mark.bubblewrap
 def test_renewing_a_box_that_is_gone_says_nothing() -> None:
     box = open_worker()
     box.close()
