@@ -18,6 +18,7 @@ import time
 from types import ModuleType
 
 LOOK_S = 60.0  # for other owners that ended without a reaper
+RETRY_S, TRIES = 30.0, 120  # with a daemon that does not answer
 POLL_S = 1.0  # where the kernel knows no pidfd
 
 
@@ -30,7 +31,16 @@ def main(folder: str, pid: int, started: str) -> None:
     if lock is None:
         return  # there is one already
     watch(folder, pid, started)
-    leftovers().collect_owner(folder)
+    take_away(folder)
+
+
+def take_away(folder: str) -> None:
+    """All that the owner held. A daemon that is down may come back with its containers, so it is tried for a while."""
+    for _ in range(TRIES):
+        leftovers().collect_owner(folder)
+        if not os.path.exists(folder):
+            return
+        time.sleep(RETRY_S)
 
 
 def take_lock(file: str) -> int | None:

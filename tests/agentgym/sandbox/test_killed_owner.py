@@ -196,7 +196,7 @@ def test_a_stopped_owner_loses_its_boxes_when_their_lease_is_over(tier: str, sta
     assert len(owner.left()["processes"]) >= 3, "while it lives, its leases are renewed"
     owner.process.send_signal(signal.SIGSTOP)
     gone(lambda: owner.left().get("processes"), 10)
-    assert not [found for found in owner.left().get("containers", ()) if "running" in found]
+    gone(lambda: [found for found in owner.left().get("containers", ()) if "running" in found], 10)
     owner.kill()
     gone(owner.left)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import http.server
 import json
 import os
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +172,38 @@ def test_a_lease_with_boxes_waits_for_its_daemon_a_day(runtime: Path):
         os.utime(owner.folder / name, (long_ago, long_ago))
     assert collect_orphan(owner.folder).leases == [owner.folder.name]
     assert not owner.folder.exists()
+
+
+def test_a_daemon_that_comes_back_is_asked_again(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = tmp_path / "docker.sock"
+    with OwnerProcess(f"unix://{place}") as owner:
+        os.kill(owner.reapers()[0], 9)
+    monkeypatch.setattr(reaper, "RETRY_S", 0.05)
+    os.utime(owner.folder / "lease", (0, time.time() - 1000))  # nothing can be in the making any more
+    thread = threading.Thread(target=reaper.take_away, args=(str(owner.folder),))
+    thread.start()
+    gone(lambda: not (owner.folder / "tried").exists())
+    assert thread.is_alive()
+    with socketserver.ThreadingUnixStreamServer(str(place), _EmptyDaemon) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        thread.join(10)
+        server.shutdown()
+    assert not owner.folder.exists()
+
+
+class _EmptyDaemon(http.server.BaseHTTPRequestHandler):
+    """Holds nothing."""
+
+    client_address = ("", 0)
+
+    def do_GET(self) -> None:
+        body = b'{"Volumes": []}' if self.path.startswith("/volumes") else b"[]"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None: ...
 
 
 def test_a_living_owner_is_no_orphan(runtime: Path):
