@@ -88,8 +88,9 @@ def test_a_process_keeps_to_its_folders(base: Path) -> None:
     finally:
         outsider.send_signal(signal.SIGKILL)
         outsider.wait()
-    if found["said"].startswith("none"):
-        pytest.skip(found["said"])
+    if found["said"].startswith("none: "):  # then it holds to nothing, and the box says so
+        assert found["read other"] == "done"
+        return
     abi = int(found.pop("said").removeprefix("ABI "))
     scoped = "EPERM" if abi >= 6 else "done"
     assert found == {

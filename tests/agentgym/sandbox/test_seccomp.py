@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import platform
+import shutil
 import struct
 from collections.abc import Sequence
 
@@ -292,10 +293,12 @@ END""",
 }
 
 
+HERE = [name for name in PROGRAMS if shutil.which(name, path="/usr/bin:/bin") or name == "python"]
+
+
 @pytest.mark.bubblewrap
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", HERE)
 def test_ordinary_programs_go_on(box, program: str) -> None:
-    if box.exec(f"command -v {program} >/dev/null || command -v {program}3 >/dev/null").exit_code:
-        pytest.skip(f"{program} is not in this machine's /usr")
+    """Those that this machine's /usr holds, for that is what a box sees."""
     result = box.exec(f"mkdir {program} && cd {program} && {PROGRAMS[program]}", timeout_s=60)
     assert result.exit_code == 0, result.error_text
