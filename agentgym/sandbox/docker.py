@@ -76,6 +76,7 @@ class DockerSandbox(WorkerSandbox):
             if isinstance(failure, NoPythonError):
                 daemon.without_python.add(container.image_id)
             raise failure from error
+        daemon.gvisor_ran = daemon.gvisor_ran or tier == "gvisor"
         container.keep(self.renew)
         warn_of_relaxations(spec)
 
@@ -149,7 +150,7 @@ def docker_problem(image: str = BASE_IMAGE, host: DockerHost | None = None, tier
         if tier == "gvisor" and not daemon.gvisor_ran:
             with contextlib.closing(open_docker(spec, daemon.host, tier)) as box:
                 box.exec("true")
-            daemon.gvisor_ran = True
+            daemon.gvisor_ran = True  # also by an image without Python
     except (InputError, SandboxError) as error:
         return str(error)
     except docker.errors.DockerException as error:

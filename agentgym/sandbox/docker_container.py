@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import docker.errors
+import requests.exceptions
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox.docker_host import FAILURES, OWN_SOCKET, Daemon, hijacked, root_cause
@@ -61,7 +62,9 @@ class Container:
 
     def start(self) -> None:
         self._started = True
-        self.daemon.api.start(self.name)
+        # a platform of gVisor that does not work here hangs; one that was seen to work may wait for other starts
+        untried = self.tier == "gvisor" and not self.daemon.gvisor_ran
+        (self.daemon.quick if untried else self.daemon.api).start(self.name)
 
     def keep(self, renew: Callable[[], None]) -> None:
         """It runs: from now on its lease is renewed as long as this process lives."""
@@ -147,7 +150,8 @@ class Container:
                 f"the image {self.spec.image} lacks a program that the box is started with, python3 (3.9 or newer) or "
                 f"else a shell (sh); add one of them to the image ({said:.300})"
             )
-        if self.tier == "gvisor" and (GVISOR_RUNTIME in said or "OCI runtime" in said):
+        hung = isinstance(error, requests.exceptions.Timeout) and self._started
+        if self.tier == "gvisor" and (hung or GVISOR_RUNTIME in said or "OCI runtime" in said):
             return UnavailableError(
                 f"sandbox.tier=gvisor cannot be had here: the runtime {GVISOR_RUNTIME!r} at "
                 f"{self.daemon.host.shown} does not start a box ({said:.300}); {REGISTER_GVISOR}"

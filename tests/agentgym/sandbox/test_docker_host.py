@@ -21,6 +21,7 @@ import pytest
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
+from agentgym.sandbox.docker_exec import DockerExecSandbox
 from agentgym.sandbox.docker_host import DockerHost, connect, ssh_command
 from agentgym.sandbox.spec import Sandbox
 
@@ -128,6 +129,12 @@ def moves_a_megabyte(box: Sandbox) -> None:
     assert box.read_file("/work/large") == data
     result = box.exec("cat large; cat >&2", stdin=b"in", timeout_s=60)
     assert (result.stdout, result.error_text, result.dropped_bytes) == (data, "in", 0)
+
+
+def both_ways(spec: SandboxSpec, host: DockerHost) -> Iterator[Sandbox]:
+    """A box with a resident worker, then one that works through `docker exec`."""
+    yield open_sandbox("docker", spec, host=host)
+    yield DockerExecSandbox(spec, host)
 
 
 # --------------------------------------------------------------------------------------------------------- addresses
@@ -280,9 +287,11 @@ def test_a_daemon_that_stops_answering_is_noticed_by_the_next_box(relay: tuple[D
 
 
 @pytest.mark.docker
-def test_a_daemon_that_dies_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, Relay]) -> None:
+@pytest.mark.parametrize("way", [0, 1], ids=["resident", "docker exec"])
+def test_a_daemon_that_dies_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, Relay], way: int) -> None:
     host, between = relay
-    box = open_sandbox("docker", SandboxSpec(lease_s=5), host=host)
+    spec = SandboxSpec(lease_s=5)
+    box = DockerExecSandbox(spec, host) if way else open_sandbox("docker", spec, host=host)
     threading.Timer(0.5, between.cut).start()
     started = time.monotonic()
     with pytest.raises(
@@ -356,10 +365,10 @@ def tls_port(certificates: Path) -> Iterator[int]:
 @pytest.mark.docker
 def test_a_box_behind_tls(certificates: Path, tls_port: int) -> None:
     host = DockerHost(f"tcp://127.0.0.1:{tls_port}", certificates / "good")
-    with open_sandbox("docker", SandboxSpec(output_limit=4_000_000), host=host) as box:
-        moves_a_megabyte(box)
-        name = box.name
-    assert not left_over(name, 1.0)
+    for box in both_ways(SandboxSpec(output_limit=4_000_000), host):
+        with box:
+            moves_a_megabyte(box)
+        assert not left_over(box.name, 1.0)
 
 
 @pytest.mark.docker
@@ -403,13 +412,14 @@ def ssh_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.docker
 def test_a_box_behind_ssh(ssh_log: Path) -> None:
     host = DockerHost("ssh://me@gpu1:2222")
-    with open_sandbox("docker", SandboxSpec(output_limit=4_000_000), host=host) as box:
-        moves_a_megabyte(box)
-        name = box.name
-    assert not left_over(name, 1.0)
+    for box in both_ways(SandboxSpec(output_limit=4_000_000), host):
+        with box:
+            moves_a_megabyte(box)
+            if box.limits["worker"] == "resident":
+                assert len(ssh_log.read_text().splitlines()) < 12, "connections are kept and used again"
+        assert not left_over(box.name, 1.0)
     lines = ssh_log.read_text().splitlines()
     assert all(line.endswith("-l me -p 2222 -- gpu1 docker system dial-stdio") for line in lines)
-    assert len(lines) < 12, "connections are kept and used again"
 
 
 @pytest.mark.docker

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from agentgym.errors import SandboxTimeoutError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
+from agentgym.sandbox.docker_exec import DockerExecSandbox
 
 pytestmark = pytest.mark.docker
 
@@ -48,6 +50,18 @@ def test_it_runs_as_many_processes_as_the_spec_says(gvisor: None) -> None:
         started = time.monotonic()
         box.close()
         assert time.monotonic() - started < 10, "gVisor is not told to kill what ends by itself"
+
+
+def test_without_python_its_boxes_work_too(gvisor: None) -> None:
+    with DockerExecSandbox(SandboxSpec(pids=20), tier="gvisor") as box:  # of an image that happens to have it
+        assert box.exec("cat; ulimit -p 2>/dev/null || ulimit -u", stdin=b"in\n").text == "in\n20\n"
+        assert box.exec("cat /proc/1/fd/0 /proc/1/environ").exit_code != 0
+        assert box.exec("kill -KILL 1").exit_code != 0
+        with pytest.raises(SandboxTimeoutError):
+            box.exec("sleep 60", timeout_s=0.5)
+        box.write_file("x", b"1")
+        with box.fork() as twin:
+            assert twin.read_file("x") == b"1"
 
 
 def test_a_choice_is_tried_once(gvisor: None, monkeypatch: pytest.MonkeyPatch) -> None:
