@@ -75,8 +75,8 @@ class Line:
             pass
 
     def understand(self):
-        """Takes the next frame out of what was received; whether there was a whole one. Only a frame that the host wrote
-        renews the lease."""
+        """Takes the next frame out of what was received; whether there was a whole one. Only a frame that the host
+        wrote renews the lease."""
         if len(self.received) < SIZES + TAG:
             return False
         sizes, tag = bytes(self.received[:SIZES]), bytes(self.received[SIZES : SIZES + TAG])
