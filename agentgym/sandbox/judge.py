@@ -116,9 +116,9 @@ _begun = []
 
 
 def _begin():
-    """The host speaks first, and then only when it was asked."""
+    """The host speaks first, and then only when it was asked; it says how much it takes in one message."""
     if not _begun:
-        _begun.append(_read_message())
+        _begun.append(json.loads(_read_message().partition(b"\n")[0]))
 
 
 def _read_message():
@@ -138,6 +138,8 @@ def _read(size):
 
 def _send(header, body=b""):
     message = json.dumps(header).encode() + b"\n" + body
+    if len(message) > _begun[0]["max_bytes"]:
+        raise ValueError(f"{len(message)} bytes are too much for one run; at most {_begun[0]['max_bytes']} are taken")
     view = memoryview(struct.pack(">I", len(message)) + message)
     while view:
         view = view[os.write(FROM_JUDGE, view) :]

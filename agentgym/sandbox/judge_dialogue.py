@@ -174,7 +174,7 @@ def judge_apart(
             if answer.exit_code == 0:
                 raise Ungraded("no_verdict", "the judge ended without a verdict")
             raise Ungraded("judge_crashed", f"the judge ended with exit code {answer.exit_code}: {log.last_line}")
-        request, body = _request(answer.data)
+        request, body = read_request(answer.data)
         match request:
             case {"do": "verdict", "components": components}:
                 return rubric.score(components)
@@ -207,7 +207,8 @@ def helper_source() -> str:
     return (importlib.resources.files("agentgym.sandbox") / "judge.py").read_text()
 
 
-def _request(data: bytes) -> tuple[dict[str, Any], bytes]:
+def read_request(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """What the judge asks: a JSON object, a newline, bytes."""
     line, _, body = data.partition(b"\n")
     try:
         request = json.loads(line)

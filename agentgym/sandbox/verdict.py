@@ -99,7 +99,8 @@ class Rubric:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a verification ended. `log` is what the tests printed; it may quote them, so the policy must never read it.
+    """How a verification ended. `log` is what the tests printed, and an invalid score's `why` may hold its last line:
+    both may quote the tests, so the policy must never read them.
 
     Example: `Verdict(Score(1.0, {"reward": 1.0}, True, ""), "graded", runs=20, left_out=(), log="", seconds=0.8)`.
     """

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
+from agentgym.errors import ArchiveError, InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
 from agentgym.sandbox.archive import Archive
-from agentgym.sandbox.judge_dialogue import Budget, Subject
+from agentgym.sandbox.judge_dialogue import Budget, Subject, read_request
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
 from agentgym.sandbox.verdict import Rubric, Ungraded, Verdict, read_json, read_number
 from agentgym.sandbox.verify import VerifierPlan, is_automatic, judge_spec, verify, without_automatic
@@ -182,6 +187,51 @@ def test_a_question_that_is_none_opens_no_box(asked: list[dict[str, Any]]) -> No
             assert valid, request
 
 
+@given(st.one_of(st.binary(max_size=80), requests.map(lambda request: repr(request).encode())))
+def test_what_a_judges_pipe_holds_is_a_question_or_refused_by_name(data: bytes) -> None:
+    try:
+        request, body = read_request(data)
+    except Ungraded:
+        return
+    assert isinstance(request, dict)
+    assert data.endswith(body)
+
+
+# ------------------------------------------------------------------------------------------- pure: hostile artifacts
+
+hostile_names = st.lists(
+    st.sampled_from(["work", "..", ".", "", "a", "b", "conftest.py", "\n", "x" * 300, "\udcff", "é"]), max_size=5
+).map("/".join)
+entries = st.tuples(hostile_names, st.sampled_from(b"0123456789gxLKS\0"), hostile_names, st.binary(max_size=600))
+
+
+@given(st.lists(entries, max_size=5), st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), max_size=4))
+def test_a_hostile_tar_is_refused_or_harmless(members: list[Any], changed: list[tuple[int, int]]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, kind, target, data in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = bytes([kind]), target, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    raw = bytearray(buffer.getvalue())
+    for place, value in changed:
+        raw[place % len(raw)] = value
+
+    try:
+        kept, left_out = without_automatic(Archive.from_tar(bytes(raw)), ("/work",))
+    except ArchiveError:
+        return
+    assert not any("conftest.py" in path.split("/") for path in kept.files if path.startswith("work/")), left_out
+    with tempfile.TemporaryDirectory() as folder:
+        inside = Path(folder, "inside")
+        kept.write_to(inside)
+        assert os.listdir(folder) == ["inside"]
+        found = {
+            str(path.relative_to(inside)) for path in inside.rglob("*") if path.is_file() and not path.is_symlink()
+        }
+        assert found == set(kept.files)
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -281,7 +331,7 @@ open("/work/output", "w").write(str(a + b)); print("hi"); print("err", file=sys.
         ("while True: subject.run('true')", "too_much", "more than 5 times"),
         ("subject.run('a\\0b')", "malformed", "cannot be run"),
         ("subject.run('true', timeout_s=-1)", "malformed", "-1 seconds"),
-        ("subject.run('true', stdin=bytes(5 * 2**20))", "judge_crashed", ""),
+        ("subject.run('true', stdin=bytes(5 * 2**20))", "judge_crashed", "too much for one run"),
     ],
 )
 def test_a_judge_that_fails_gives_no_score(code: str, reason: str, said: str) -> None:
