@@ -34,6 +34,11 @@ class DaemonHttp:
         self.url = url
         self._tls = tls
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether it would be on this machine and there is none, not even one that is down for a moment."""
+        return self.url.startswith("unix://") and not Path(self.url.removeprefix("unix://")).exists()
+
     def containers(self, *labels: str) -> list[dict[str, Any]]:
         """All that carry these labels ("key" or "key=value"), running or not."""
         return self._get("/containers/json", all="1", filters=json.dumps({"label": labels}))

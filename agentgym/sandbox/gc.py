@@ -112,19 +112,18 @@ class _Survey:
         self.problems: list[str] = []
 
     def containers(self, label: str) -> Iterator[tuple[DaemonHttp, list[dict[str, Any]]]]:
-        """Of every daemon that holds boxes, and of the environment's. The latter may well not be there."""
+        """Of every daemon that holds boxes, and of the environment's. Where none is, nothing is ours."""
         url, tls = default_daemon()
         daemons: dict[str, DaemonHttp] = {}
         for lease in self.leases:
             used = {box.get("daemon") for box in lease.boxes().values()}
             daemons |= {daemon.url: daemon for name, daemon in lease.daemons().items() if name in used}
-        is_named = url in daemons
         daemons.setdefault(url, DaemonHttp(url, tls))
         for daemon in daemons.values():
             try:
                 yield daemon, daemon.containers(label)
             except AgentGymError as error:
-                if is_named or daemon.url != url or not _is_absent(url):
+                if not daemon.is_absent:
                     self.problems.append(str(error))
 
     def holder(self, labels: dict[str, str]) -> Holder:
@@ -205,11 +204,6 @@ def _remove_half_made(runtime: Path, removed: Removed) -> None:
         if time.time() - folder.stat().st_mtime > HALF_MADE_S:
             shutil.rmtree(folder, ignore_errors=True)
             removed.leases.append(folder.name)
-
-
-def _is_absent(url: str) -> bool:
-    """Whether there is no Docker here at all, which is nothing to complain about."""
-    return url.startswith("unix://") and not Path(url.removeprefix("unix://")).exists()
 
 
 def _age(created: Any) -> float:

@@ -146,7 +146,7 @@ def _remove_of_daemons(lease: Lease, removed: Removed) -> list[str]:
     """Containers, volumes and images of this owner; why it could not be done where a daemon still holds boxes."""
     silent = []
     for name, daemon in lease.daemons().items():
-        held = [box for box, record in lease.boxes().items() if record.get("daemon") == name]
+        held = [record for record in lease.boxes().values() if record.get("daemon") == name]
         label = f"agentgym.owner={lease.owner_id}"
         try:
             for container in daemon.containers(label):
@@ -159,7 +159,8 @@ def _remove_of_daemons(lease: Lease, removed: Removed) -> list[str]:
                 if daemon.remove_image(image["Id"]):
                     removed.images.append(image_name(image))
         except AgentGymError as error:
-            if held:
+            over_s = max((float(record.get("lease_s", 0.0)) for record in held), default=0.0) + SETTLE_S
+            if held and not (daemon.is_absent and lease.silent_s() > over_s):
                 silent.append(f"{error}; it may still hold {len(held)} sandboxes of the dead owner {lease.owner_id}")
     return silent
 
