@@ -150,21 +150,31 @@ class Daemon:
         return True
 
 
-_daemons: dict[tuple[int, DockerHost], Daemon] = {}  # by process: a forked child must not share its parent's sockets
+_daemons: dict[DockerHost, Daemon] = {}
 _lock = threading.Lock()
 
 
 def connect(host: DockerHost | None = None) -> Daemon:
     """The daemon at `host` (default: the environment's), which has answered just now; UnavailableError otherwise."""
-    key = (os.getpid(), host or DockerHost.of_environment())
+    host = host or DockerHost.of_environment()
     with _lock:
-        daemon = _daemons.get(key)
+        daemon = _daemons.get(host)
     if daemon is not None:
         daemon.check()
         return daemon
-    daemon = Daemon(key[1])
+    daemon = Daemon(host)
     with _lock:
-        return _daemons.setdefault(key, daemon)
+        return _daemons.setdefault(host, daemon)
+
+
+def _forked() -> None:
+    """In a forked child: the lock may have been held, and the sockets are the parent's."""
+    global _lock
+    _lock = threading.Lock()
+    _daemons.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def no_daemon(host: DockerHost, error: Exception, said: str = "") -> UnavailableError:
