@@ -24,6 +24,7 @@ Reason = Literal[
     "artifacts_refused",
     "subject_failed",
     # nobody knows: invalid
+    "agent_box_died",  # a policy may have brought it down; whoever ran the episode knows what happened last
     "no_verdict",
     "judge_crashed",
     "deadline",

@@ -143,9 +143,12 @@ class _Grading:
         self._subject: Subject | None = None
 
     def grade(self) -> Score:
-        if not self._agent_box.frozen:
-            self._agent_box.freeze()
-        artifacts = _exported(self._agent_box, self._plan.artifacts)
+        try:
+            if not self._agent_box.frozen:
+                self._agent_box.freeze()
+            artifacts = _exported(self._agent_box, self._plan.artifacts)
+        except (SandboxDiedError, SandboxTimeoutError) as error:
+            raise Ungraded("agent_box_died", str(error)) from error
         return self._apart(artifacts) if self._plan.mode == "apart" else self._together(artifacts)
 
     def verdict(self, score: Score, reason: Reason, seconds: float) -> Verdict:

@@ -443,7 +443,7 @@ def test_a_dead_box_of_the_agents_is_nobodys_zero() -> None:
 
     verdict = verify(box, VerifierPlan({"judge.py": "pass"}, ("/work/x",)), open_namespace)
 
-    assert (verdict.reason, verdict.score.valid) == ("sandbox_failed", False)
+    assert (verdict.reason, verdict.score.valid) == ("agent_box_died", False)
 
 
 @pytest.mark.bubblewrap
