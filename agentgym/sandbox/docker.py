@@ -12,8 +12,6 @@ import contextlib
 import logging
 import re
 
-import docker.errors
-
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import gvisor_calls, seccomp
 from agentgym.sandbox.box import WorkerSandbox
@@ -153,6 +151,6 @@ def docker_problem(image: str = BASE_IMAGE, host: DockerHost | None = None, tier
             daemon.gvisor_ran = True  # also by an image without Python
     except (InputError, SandboxError) as error:
         return str(error)
-    except docker.errors.DockerException as error:
+    except FAILURES as error:
         return f"the Docker daemon failed: {root_cause(error)}"
     return None
