@@ -102,7 +102,7 @@ class Files:
             raise Refused("archive", str(error)) from None
         finally:
             posix.close(root)
-        for entry in reversed(kept):  # the folders after what is in them
+        for entry in kept:  # at the end: what is written into a folder changes its time
             path = b"/" + entry.name
             try:
                 posix.chmod(path, entry.mode)

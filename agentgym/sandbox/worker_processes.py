@@ -10,7 +10,7 @@ from agentgym.sandbox.worker_line import Refused
 from agentgym.sandbox.worker_streams import Capture, Pipes, drain, feed, read_some
 
 LINGER_S = 0.1  # how long the output of a finished command is still read while a background child holds it open
-STOP_S = 2.0  # how long a process may take to stop
+STOP_S = 10.0  # how long a process may take to stop
 STOPPED, DEAD = b"Tt", b"ZX"
 
 
@@ -286,7 +286,9 @@ def alive(states=None):
 
 
 def moving():
-    """Whether a thread of any process is neither stopped nor dead."""
+    """Whether a thread of any process is neither stopped nor dead. One that waits for the exec of a child that stands
+    still (vfork) cannot stop before, and stands still as well."""
+    waiting, held = set(), set()
     for name in posix.listdir("/proc"):
         if not name.isdigit() or name == "1":
             continue
@@ -296,9 +298,13 @@ def moving():
             continue
         for thread in threads:
             fields = stat_of(f"/proc/{name}/task/{thread}/stat")
-            if fields and fields[0] not in STOPPED + DEAD:
+            if fields and fields[0] in STOPPED:
+                held.add(fields[1])
+            elif fields and fields[0] == b"D":
+                waiting.add(name.encode())
+            elif fields and fields[0] not in DEAD:
                 return True
-    return False
+    return not waiting <= held
 
 
 def stat_of(path):

@@ -110,6 +110,12 @@ def test_a_lie_is_a_dead_box(liars: list[Liar], monkeypatch: pytest.MonkeyPatch,
         client.request("ping", {})
 
 
+def test_parts_of_nothing_are_not_waited_for(liars: list[Liar]) -> None:
+    client = ask(liars, b"".join(frame({"id": 1, "part": True}, number=number) for number in range(50)))
+    with pytest.raises(SandboxDiedError, match="a part of nothing"):
+        client.request("read", {}, max_body=10)
+
+
 def test_a_worker_that_does_not_read_cannot_hold_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_client, "GRACE_S", 0.2)
     ours, theirs = socket.socketpair()
