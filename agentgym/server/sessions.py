@@ -25,6 +25,13 @@ from agentgym.rollout.collector import Collector
 from agentgym.rollout.intake import Declared, Intake
 from agentgym.rollout.recording import Recording
 from agentgym.server.replies import Exchange, Question, Reply
+from agentgym.server.sessions_errors import (
+    SessionBusyError,
+    SessionEndedError,
+    SessionLimitError,
+    UnknownSessionError,
+    UntrainableError,
+)
 from agentgym.server.sessions_retries import Asked, Retries
 from agentgym.server.settings import SessionsSection
 from agentgym.trajectory import EpisodeStatus, Trajectory
@@ -40,30 +47,6 @@ class SessionState(StrEnum):
     FINISHED = "finished"
     ABANDONED = "abandoned"  # by whoever opened it
     EXPIRED = "expired"  # nobody finished it in its time
-
-
-class UnknownSessionError(InputError, LookupError):
-    """There is no such session, or none that the asker may see."""
-
-
-class SessionEndedError(InputError):
-    """A session that has ended takes no more requests and no second ending."""
-
-
-class SessionBusyError(InputError):
-    """A session whose agent is still being answered does not end with a score."""
-
-
-class SessionLimitError(InputError):
-    """A session has used up its turns or tokens."""
-
-
-class UntrainableError(InputError):
-    """A request whose tokens a training session could not use; `param` is the parameter's name."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from agentgym.rollout.intake import Declared
 from agentgym.server.keys import Keyring, Principal
 from agentgym.server.openai_api import StrictJson
 from agentgym.server.openai_errors import ForbiddenError
-from agentgym.server.sessions import Sessions, SessionView, UnknownSessionError
+from agentgym.server.sessions import Sessions, SessionView
+from agentgym.server.sessions_errors import UnknownSessionError
 from agentgym.server.visit import Visit
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
