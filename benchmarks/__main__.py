@@ -60,6 +60,31 @@ BENCHMARKS = {
             "ratio_bound >= 0.9, ratio_padded >= 2",
         ),
         Benchmark(
+            "sandbox_call",
+            "One tool call through the worker of a box, beside `docker exec`.",
+            "worker_p50_ms <= 3, worker_p99_ms <= 15, ratio >= 20",
+        ),
+        Benchmark(
+            "sandbox_start",
+            "A box from the warm pool and cold in each tier, until its first command has answered.",
+            "pool_acquire_p50_ms <= 5, docker_cold_p50_ms <= 350, namespace_cold_p50_ms <= 20",
+        ),
+        Benchmark(
+            "sandbox_capacity",
+            "Boxes that live at once, and the memory of one.",
+            "docker_live 64, namespace_live 200",
+        ),
+        Benchmark(
+            "sandbox_cycles",
+            "A thousand boxes one after another in each tier, and what is left of them.",
+            "all leaks 0",
+        ),
+        Benchmark(
+            "sandbox_sigkill",
+            "What is left 30 s after `kill -9` of an owner with 16 boxes live and 4 being created.",
+            "left_after_30s 0",
+        ),
+        Benchmark(
             "startup",
             "How long `import agentgym` and `agentgym --help` take, each in a fresh process.",
             "import_agentgym_s <= 0.5, cli_help_s <= 1.0",
