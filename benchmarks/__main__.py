@@ -85,6 +85,21 @@ BENCHMARKS = {
             "left_after_30s 0",
         ),
         Benchmark(
+            "server_sessions",
+            "500 sessions at once: outside agents that all ask at the same time.",
+            "concurrent 500, errors 0",
+        ),
+        Benchmark(
+            "publish",
+            "New weights to a vLLM server while it samples: every mode, whole and sparse.",
+            "pause_ms <= 60 ms + bytes / (2 GB/s)",
+        ),
+        Benchmark(
+            "logprob_conformance",
+            "Logprobs of the torch engine and of vLLM beside the plain forward.",
+            "max_abs <= 1e-4 (float32)",
+        ),
+        Benchmark(
             "startup",
             "How long `import agentgym` and `agentgym --help` take, each in a fresh process.",
             "import_agentgym_s <= 0.5, cli_help_s <= 1.0",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from agentgym.sandbox import Sandbox, SandboxSpec, open_sandbox
-from agentgym.sandbox.pool import SandboxPool
+from agentgym.sandbox.warm.pool import SandboxPool
 from benchmarks.plain_docker import available_tiers, milliseconds, plain_client, start_plain
 
 _WARM = 4
@@ -58,7 +58,7 @@ def _timed(call: Callable[[], Sandbox]) -> tuple[Sandbox, float]:
 
 def _fill(pool: SandboxPool, spec: SandboxSpec) -> None:
     """Waits until as many boxes are warm as the pool keeps; what is measured is the hand-out."""
-    pool.prefetch(spec, _WARM)
+    pool.prefetch(spec)
     until = time.monotonic() + _REFILL_S
     while pool.metrics().warm < _WARM:
         if time.monotonic() > until:

@@ -16,11 +16,12 @@ import docker
 import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import BASE_IMAGE, SandboxSpec, docker_settings, open_sandbox
-from agentgym.sandbox.docker import docker_problem
-from agentgym.sandbox.docker_host import connect
-from agentgym.sandbox.images import has_image, import_image
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox import BASE_IMAGE, SandboxSpec, open_sandbox
+from agentgym.sandbox.docker import settings as docker_settings
+from agentgym.sandbox.docker.host import connect
+from agentgym.sandbox.docker.images import has_image, import_image
+from agentgym.sandbox.docker.tier import docker_problem
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
 
 pytestmark = pytest.mark.docker

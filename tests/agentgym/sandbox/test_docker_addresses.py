@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agentgym.errors import InputError, UnavailableError
-from agentgym.sandbox.docker_host import DockerHost, connect, ssh_command
+from agentgym.sandbox.docker.host import DockerHost, connect, ssh_command
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_who_must_not_speak_to_the_daemon_is_told(tmp_path: Path) -> None:
         listener.bind(str(closed))
         listener.listen()
         closed.chmod(0)
-        script = f"from agentgym.sandbox.docker_host import *; connect(DockerHost('unix://{closed}'))"
+        script = f"from agentgym.sandbox.docker.host import *; connect(DockerHost('unix://{closed}'))"
         if os.geteuid() == 0:
             tmp_path.chmod(0o755)
             for parent in (tmp_path.parent, tmp_path.parent.parent):
                 parent.chmod(0o755)
             script = (
-                f"import os; from agentgym.sandbox.docker_host import *; os.setuid(65534); {script.split('; ', 1)[1]}"
+                f"import os; from agentgym.sandbox.docker.host import *; os.setuid(65534); {script.split('; ', 1)[1]}"
             )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "Permission denied" in done.stderr

@@ -21,8 +21,8 @@ import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
-from agentgym.sandbox.docker_exec import DockerExecSandbox
-from agentgym.sandbox.docker_host import DockerHost, connect
+from agentgym.sandbox.docker.exec_tier import DockerExecSandbox
+from agentgym.sandbox.docker.host import DockerHost, connect
 from agentgym.sandbox.spec import Sandbox
 
 OWN = "/var/run/docker.sock"

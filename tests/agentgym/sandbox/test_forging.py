@@ -13,9 +13,9 @@ import pytest
 
 from agentgym.errors import UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
+from agentgym.sandbox.grading.verdict import Verdict
+from agentgym.sandbox.grading.verify import VerifierPlan, verify
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
-from agentgym.sandbox.verdict import Verdict
-from agentgym.sandbox.verify import VerifierPlan, verify
 from agentgym.testing.sandbox_abuse import FORGERIES, Attack
 from agentgym.testing.sandbox_abuse.forging import reading_the_tests
 

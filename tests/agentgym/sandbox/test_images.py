@@ -14,10 +14,10 @@ import pytest
 
 from agentgym.errors import ImageError, InputError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
-from agentgym.sandbox.docker_host import connect
-from agentgym.sandbox.image_context import bases_of, read_context
-from agentgym.sandbox.images import build_image, has_image, remove_image, task_images
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.docker.host import connect
+from agentgym.sandbox.docker.image_context import bases_of, read_context
+from agentgym.sandbox.docker.images import build_image, has_image, remove_image, task_images
+from agentgym.sandbox.ownership.lease import owner
 
 FROM = "FROM agentgym/base:bookworm\n"
 BASES = {"agentgym/base:bookworm": "sha256:1"}
@@ -127,7 +127,9 @@ def test_the_images_that_a_dockerfile_builds_upon(dockerfile: str, bases: list[s
 
 # --------------------------------------------------------------------------------------------------------- the building
 
-CALLER = "import sys; from agentgym.sandbox.images import build_image; print(build_image(sys.argv[1], report=print))"
+CALLER = (
+    "import sys; from agentgym.sandbox.docker.images import build_image; print(build_image(sys.argv[1], report=print))"
+)
 
 
 @pytest.mark.docker

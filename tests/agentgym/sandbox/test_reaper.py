@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.sandbox import lease, reaper
-from agentgym.sandbox.lease import REAPER, host_identity, runtime_folder
-from agentgym.sandbox.leftovers import Lease, collect_orphan, collect_owner
-from agentgym.sandbox.reaper import is_locked, start_time
+from agentgym.sandbox.ownership import lease, reaper
+from agentgym.sandbox.ownership.lease import REAPER, host_identity, runtime_folder
+from agentgym.sandbox.ownership.leftovers import Lease, collect_orphan, collect_owner
+from agentgym.sandbox.ownership.reaper import is_locked, start_time
 
 OWNER = """
 import json, sys
 from agentgym.sandbox import SandboxSpec
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.ownership.lease import owner
 inherited = open("/etc/hostname"); __import__("os").set_inheritable(inherited.fileno(), True)
 for daemon in sys.argv[1:]:
     owner().new_name("docker", SandboxSpec(), daemon)

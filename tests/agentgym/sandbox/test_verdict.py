@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from agentgym.errors import ArchiveError, SandboxError
 from agentgym.sandbox.archive import Archive
-from agentgym.sandbox.judge_dialogue import Budget, Subject, read_request
+from agentgym.sandbox.grading.judge_dialogue import Budget, Subject, read_request
+from agentgym.sandbox.grading.verdict import Rubric, Ungraded, read_json, read_number
+from agentgym.sandbox.grading.verify import is_automatic, without_automatic
 from agentgym.sandbox.spec import Sandbox, SandboxSpec
-from agentgym.sandbox.verdict import Rubric, Ungraded, read_json, read_number
-from agentgym.sandbox.verify import is_automatic, without_automatic
 
 NEVER = SandboxSpec()
 numbers = st.one_of(

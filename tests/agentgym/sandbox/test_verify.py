@@ -12,10 +12,10 @@ import pytest
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
-from agentgym.sandbox.judge_dialogue import Budget
+from agentgym.sandbox.grading.judge_dialogue import Budget
+from agentgym.sandbox.grading.verdict import Verdict
+from agentgym.sandbox.grading.verify import VerifierPlan, judge_spec, verify
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
-from agentgym.sandbox.verdict import Verdict
-from agentgym.sandbox.verify import VerifierPlan, judge_spec, verify
 
 TIERS = [
     pytest.param("namespace", marks=pytest.mark.bubblewrap),

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from agentgym.errors import ArchiveError, SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
 from agentgym.sandbox import PythonInterpreter, SandboxSpec, open_sandbox, worker_client
 from agentgym.sandbox.box import WorkerSandbox
-from agentgym.sandbox.lease import owner
-from agentgym.sandbox.namespace import NamespaceSandbox
+from agentgym.sandbox.inside.worker_frames import HOST, sealed, tag_of
+from agentgym.sandbox.inside.worker_line import as_json
+from agentgym.sandbox.namespace.tier import NamespaceSandbox
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.worker_client import worker_program
-from agentgym.sandbox.worker_frames import HOST, sealed, tag_of
-from agentgym.sandbox.worker_line import as_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

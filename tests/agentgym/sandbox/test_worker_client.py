@@ -12,9 +12,9 @@ import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError
 from agentgym.sandbox import worker_client
+from agentgym.sandbox.inside.worker_frames import BOX, HOST, TAG, sealed
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.worker_client import WorkerClient, whole
-from agentgym.sandbox.worker_frames import BOX, HOST, TAG, sealed
 
 
 class Liar:

@@ -19,9 +19,9 @@ from agentgym.config import parse_config
 from agentgym.errors import UnavailableError
 from agentgym.messages import Message
 from agentgym.sandbox import SandboxSpec
-from agentgym.sandbox.lease import owner
-from agentgym.sandbox.pool import BoxSource, SandboxPool, box_source
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.spec import Sandbox, Tier
+from agentgym.sandbox.warm.pool import BoxSource, SandboxPool, box_source
 from agentgym.server.service import RolloutService
 from agentgym.server.settings import ServiceConfig
 from agentgym_envs.maze import Maze

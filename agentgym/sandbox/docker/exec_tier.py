@@ -33,14 +33,14 @@ from agentgym.sandbox.box import (
     checked_timeout,
     outermost,
 )
-from agentgym.sandbox.docker import check_promises
-from agentgym.sandbox.docker_command import DockerCommand
-from agentgym.sandbox.docker_container import Container, NoPythonError
-from agentgym.sandbox.docker_host import FAILURES, DockerHost, connect, root_cause
-from agentgym.sandbox.docker_settings import enforced, owner_uid, warn_of_relaxations
+from agentgym.sandbox.docker.command import DockerCommand
+from agentgym.sandbox.docker.container import Container, NoPythonError
+from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
+from agentgym.sandbox.docker.settings import enforced, owner_uid, warn_of_relaxations
+from agentgym.sandbox.docker.tier import check_promises
+from agentgym.sandbox.inside.worker_streams import Capture
 from agentgym.sandbox.spec import WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
 from agentgym.sandbox.worker_client import GRACE_S
-from agentgym.sandbox.worker_streams import Capture
 
 KEEPER_UID = 10003  # of pid 1; neither a box's commands nor a verifier's
 KEEPER = """

@@ -5,10 +5,10 @@ import errno
 import posix
 from _stat import S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG
 
-from agentgym.sandbox.worker_frames import PART
-from agentgym.sandbox.worker_line import Refused
-from agentgym.sandbox.worker_tar import END, FIFO, FILE, FOLDER, HARD_LINK, LINK, BadTar, Entry, Reader
-from agentgym.sandbox.worker_tree import READ_FOLDER, Blocked, open_folder, place_file, place_folder, vacate
+from agentgym.sandbox.inside.worker_frames import PART
+from agentgym.sandbox.inside.worker_line import Refused
+from agentgym.sandbox.inside.worker_tar import END, FIFO, FILE, FOLDER, HARD_LINK, LINK, BadTar, Entry, Reader
+from agentgym.sandbox.inside.worker_tree import READ_FOLDER, Blocked, open_folder, place_file, place_folder, vacate
 
 MAX_DEPTH = 100
 READ_FILE = posix.O_RDONLY | posix.O_NOFOLLOW | posix.O_NONBLOCK | posix.O_CLOEXEC

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentgym.errors import AgentGymError
-from agentgym.sandbox.daemon_http import DaemonHttp
-from agentgym.sandbox.lease import default_daemon, host_identity, runtime_folder
-from agentgym.sandbox.leftovers import (
+from agentgym.sandbox.ownership.daemon_http import DaemonHttp
+from agentgym.sandbox.ownership.lease import default_daemon, host_identity, runtime_folder
+from agentgym.sandbox.ownership.leftovers import (
     ABANDONED_S,
     CGROUPS,
     SETTLE_S,

@@ -109,10 +109,10 @@ def take_away_orphans(runtime: str, own: str) -> None:
 
 def leftovers() -> ModuleType:
     """The module that takes away; it and what it imports need the standard library only."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", ".."))
     if root not in sys.path:
         sys.path.insert(0, root)
-    from agentgym.sandbox import leftovers
+    from agentgym.sandbox.ownership import leftovers
 
     return leftovers
 

@@ -40,7 +40,7 @@ from agentgym.errors import (
 )
 from agentgym.rewards import Score
 from agentgym.sandbox.archive import Archive
-from agentgym.sandbox.judge_dialogue import (
+from agentgym.sandbox.grading.judge_dialogue import (
     HELPER,
     MESSAGE_BYTES,
     Budget,
@@ -51,8 +51,8 @@ from agentgym.sandbox.judge_dialogue import (
     judge_apart,
     put_artifacts,
 )
+from agentgym.sandbox.grading.verdict import Blamed, Reason, Rubric, Ungraded, Verdict, read_json, read_number
 from agentgym.sandbox.spec import VERIFIER_UID, WORK_DIRECTORY, Sandbox, SandboxSpec
-from agentgym.sandbox.verdict import Blamed, Reason, Rubric, Ungraded, Verdict, read_json, read_number
 
 TESTS = "/tests"
 LOGS = "/logs"

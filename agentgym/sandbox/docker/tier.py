@@ -13,18 +13,19 @@ import logging
 import re
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import gvisor_calls, seccomp
+from agentgym.sandbox import seccomp
 from agentgym.sandbox.box import WorkerSandbox
-from agentgym.sandbox.docker_container import Container, NoPythonError
-from agentgym.sandbox.docker_host import FAILURES, Daemon, DockerHost, connect, root_cause
-from agentgym.sandbox.docker_settings import (
+from agentgym.sandbox.docker import gvisor_calls
+from agentgym.sandbox.docker.container import Container, NoPythonError
+from agentgym.sandbox.docker.host import FAILURES, Daemon, DockerHost, connect, root_cause
+from agentgym.sandbox.docker.images import missing
+from agentgym.sandbox.docker.settings import (
     enforced,
     gvisor_problem,
     owner_uid,
     seccomp_problem,
     warn_of_relaxations,
 )
-from agentgym.sandbox.images import missing
 from agentgym.sandbox.spec import BASE_IMAGE, Sandbox, SandboxSpec
 from agentgym.sandbox.worker_client import boot_command
 
@@ -38,7 +39,7 @@ def open_docker(spec: SandboxSpec, host: DockerHost | None = None, tier: str = "
     try:
         return DockerSandbox(spec, host, tier)
     except NoPythonError as error:
-        from agentgym.sandbox.docker_exec import DockerExecSandbox  # few images need it
+        from agentgym.sandbox.docker.exec_tier import DockerExecSandbox  # few images need it
 
         logger.debug("%s; working through docker exec", error)
         return DockerExecSandbox(spec, host, tier)

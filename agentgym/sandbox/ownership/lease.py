@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentgym.errors import AgentGymError, UnavailableError
-from agentgym.sandbox.reaper import is_locked, start_time
+from agentgym.sandbox.ownership.reaper import is_locked, start_time
 from agentgym.sandbox.spec import SandboxSpec
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import posix
 import select
 import time
 
-from agentgym.sandbox.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, tag_of
-from agentgym.sandbox.worker_streams import read_some
+from agentgym.sandbox.inside.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, tag_of
+from agentgym.sandbox.inside.worker_streams import read_some
 
 LOOK_S = 1.0
 MAX_FRAME = 64 << 20

@@ -19,9 +19,9 @@ from typing import Any
 import docker.errors
 
 from agentgym.errors import ImageError, SandboxError, UnavailableError
-from agentgym.sandbox.docker_host import FAILURES, OWN_SOCKET, Daemon, DockerHost, connect, root_cause
-from agentgym.sandbox.image_context import Context, bases_of, read_context
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.docker.host import FAILURES, OWN_SOCKET, Daemon, DockerHost, connect, root_cause
+from agentgym.sandbox.docker.image_context import Context, bases_of, read_context
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.spec import BASE_IMAGE
 
 BUILD = "python -m agentgym.sandbox.base_image"

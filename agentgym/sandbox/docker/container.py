@@ -15,10 +15,10 @@ import docker.errors
 import requests.exceptions
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox.docker_host import FAILURES, OWN_SOCKET, Daemon, hijacked, root_cause
-from agentgym.sandbox.docker_settings import GVISOR_RUNTIME, REGISTER_GVISOR, container_settings
-from agentgym.sandbox.images import missing
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.docker.host import FAILURES, OWN_SOCKET, Daemon, hijacked, root_cause
+from agentgym.sandbox.docker.images import missing
+from agentgym.sandbox.docker.settings import GVISOR_RUNTIME, REGISTER_GVISOR, container_settings
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.spec import SandboxSpec
 

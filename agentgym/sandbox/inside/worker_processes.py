@@ -6,8 +6,8 @@ import posix
 import select
 import time
 
-from agentgym.sandbox.worker_line import Refused
-from agentgym.sandbox.worker_streams import Capture, Pipes, drain, feed, read_some
+from agentgym.sandbox.inside.worker_line import Refused
+from agentgym.sandbox.inside.worker_streams import Capture, Pipes, drain, feed, read_some
 
 LINGER_S = 0.1  # how long the output of a finished command is still read while a background child holds it open
 STOP_S = 10.0  # how long a process may take to stop

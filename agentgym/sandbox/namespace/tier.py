@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from agentgym.errors import AgentGymError, SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import cgroup, seccomp
+from agentgym.sandbox import seccomp
 from agentgym.sandbox.box import WorkerSandbox
-from agentgym.sandbox.bubblewrap import (
+from agentgym.sandbox.namespace import cgroup
+from agentgym.sandbox.namespace.bubblewrap import (
     MEND,
     BubblewrapProcess,
     abilities,
@@ -31,7 +32,7 @@ from agentgym.sandbox.bubblewrap import (
     setpriv,
     start_error,
 )
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.spec import BOX_UID, VERIFIER_UID, WORK_DIRECTORY, SandboxSpec
 from agentgym.sandbox.worker_client import boot_command

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from agentgym.errors import AgentGymError
-from agentgym.sandbox.daemon_http import DaemonHttp
-from agentgym.sandbox.lease import host_identity
-from agentgym.sandbox.reaper import is_locked, start_time
+from agentgym.sandbox.ownership.daemon_http import DaemonHttp
+from agentgym.sandbox.ownership.lease import host_identity
+from agentgym.sandbox.ownership.reaper import is_locked, start_time
 
 SETTLE_S = 10.0  # so long after the last one a container may still appear that the daemon was asked for
 FRESH_S = 60.0  # an owner that gave a sign of life so lately may have died just now

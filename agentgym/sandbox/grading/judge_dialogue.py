@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, SandboxTimeoutError, UnavailableError
 from agentgym.rewards import Score
 from agentgym.sandbox.archive import Archive
+from agentgym.sandbox.grading.verdict import Blamed, Rubric, Ungraded
 from agentgym.sandbox.spec import ExecResult, Sandbox, SandboxSpec
-from agentgym.sandbox.verdict import Blamed, Rubric, Ungraded
 
 OpenBox = Callable[[SandboxSpec], Sandbox]
 T = TypeVar("T")
@@ -204,7 +204,7 @@ class Log:
 
 def helper_source() -> str:
     """The source of the module that a judge's program imports."""
-    return (importlib.resources.files("agentgym.sandbox") / "judge.py").read_text()
+    return (importlib.resources.files("agentgym.sandbox.inside") / "judge.py").read_text()
 
 
 def read_request(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from agentgym.sandbox.docker_container import STREAM_FRAME, Container
-from agentgym.sandbox.docker_host import hijacked
+from agentgym.sandbox.docker.container import STREAM_FRAME, Container
+from agentgym.sandbox.docker.host import hijacked
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.worker_client import GRACE_S
 

@@ -14,9 +14,9 @@ import fcntl
 import posix
 import sys
 
-from agentgym.sandbox.worker_files import Files
-from agentgym.sandbox.worker_line import Body, Line, Refused
-from agentgym.sandbox.worker_processes import Processes
+from agentgym.sandbox.inside.worker_files import Files
+from agentgym.sandbox.inside.worker_line import Body, Line, Refused
+from agentgym.sandbox.inside.worker_processes import Processes
 
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 RESERVE = 1 << 18  # given back when memory runs out, so that this can be said
@@ -74,7 +74,7 @@ class Worker:
         limit_resources(request["rlimits"])
         applied = {}
         for name, settings in request["modules"].items():
-            applied[name] = sys.modules["agentgym.sandbox." + name].apply(settings)
+            applied[name] = sys.modules["agentgym.sandbox.inside." + name].apply(settings)
         return {"pid": posix.getpid(), "uid": posix.getuid(), "executable": sys.executable, "applied": applied}, b""
 
     def do_ping(self, request, body):

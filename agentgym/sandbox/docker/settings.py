@@ -9,7 +9,7 @@ from typing import Any
 
 import docker.types
 
-from agentgym.sandbox.docker_host import Daemon
+from agentgym.sandbox.docker.host import Daemon
 from agentgym.sandbox.spec import WORK_DIRECTORY, SandboxSpec
 
 logger = logging.getLogger(__name__)

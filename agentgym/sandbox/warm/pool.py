@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from agentgym.errors import AgentGymError, InputError, SandboxDiedError, SandboxError
 from agentgym.sandbox.choose import choose_tier, open_sandbox
-from agentgym.sandbox.pooled_box import PooledBox
-from agentgym.sandbox.shelf import Shelf, spec_key
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
+from agentgym.sandbox.warm.pooled_box import PooledBox
+from agentgym.sandbox.warm.shelf import Shelf, spec_key
 
 if TYPE_CHECKING:
-    from agentgym.sandbox.docker_host import DockerHost
+    from agentgym.sandbox.docker.host import DockerHost
 
 logger = logging.getLogger(__name__)
 
