@@ -145,7 +145,7 @@ def test_a_forked_child_has_its_own_and_does_not_hold_the_parents(mine: Owner):
 def test_an_owner_is_dead_although_a_child_holds_its_lock(runtime: Path):
     """A child that a C library forked runs no hook of Python."""
     program = (
-        "import os, sys; from agentgym.sandbox import lease; mine = lease.owner()\n"
+        "import os, sys; from agentgym.sandbox.ownership import lease; mine = lease.owner()\n"
         "os.set_inheritable(mine._descriptor, True); print(mine.owner_id, flush=True)\n"
         "import subprocess; subprocess.Popen(['sleep', '30'], close_fds=False); os._exit(0)"
     )
