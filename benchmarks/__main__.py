@@ -60,6 +60,11 @@ BENCHMARKS = {
             "ratio_bound >= 0.9, ratio_padded >= 2",
         ),
         Benchmark(
+            "version_log",
+            "What a policy version costs as a delta of bf16 bits, and a switch between two of them in place.",
+            "chain8_fraction <= 0.2 at lr <= 5e-6",
+        ),
+        Benchmark(
             "startup",
             "How long `import agentgym` and `agentgym --help` take, each in a fresh process.",
             "import_agentgym_s <= 0.5, cli_help_s <= 1.0",
