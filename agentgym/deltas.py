@@ -4,9 +4,9 @@ Law: lossless for every bit pattern (XOR of the stored bits, never arithmetic), 
 two versions flips either of them into the other.
 
 Optimizer steps leave most bf16 weights as they were, so a delta lists what changed: the gaps between changed elements,
-a byte each (255 says "255 unchanged, go on"), and the XOR of their bits, which is small where the change is. A general
-compressor over the whole XOR was slower by an order of magnitude and larger (benchmarks/version_log.py); over these
-two short streams it is worth its time.
+a byte each (255 says "255 unchanged, go on"), and the XOR of their bits, mostly ones at the low end. The gaps of
+scattered changes are noise to a compressor, the bits are not: they alone go through one. A compressor over the whole
+XOR takes longer and leaves more (benchmarks/version_log.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from agentgym.errors import VersionError
 # Beyond this share of changed elements a delta is no bargain: where all weights move, XOR bits are noise.
 MAX_CHANGED = 0.3
 _GO_ON = 255  # a gap byte that is not yet the end of its gap
-_CHUNK = 1 << 20  # elements compared at once: two chunks and their XOR stay in the cache
-_FRAME = struct.Struct("<4sIQQ")  # magic, CRC-32 of all that follows, bytes of the table, bytes of the streams
+_CHUNK = 1 << 18  # elements compared at once: what lies between stays in the cache
+_FRAME = struct.Struct("<4sIQQQ")  # magic, CRC-32 of all that follows; bytes of the table, the gaps, the bits
 _MAGIC = b"AGd1"
 
 
@@ -88,32 +88,36 @@ def flip(weights: Mapping[str, np.ndarray], delta: Delta) -> None:
 
 
 def encode(delta: Delta) -> bytes:
-    streams, table = [], {}
+    all_gaps, all_planes, table = [], [], {}
     for name, patch in delta.patches.items():
         gaps = _pack_gaps(patch.indices)
         table[name] = [len(patch.indices), len(gaps), patch.bits.dtype.itemsize]
-        # byte planes: the high bytes of most XORs are zero, side by side they cost next to nothing
+        # in byte planes: the high bytes of most XORs are zero, and side by side they cost next to nothing
         planes = patch.bits.astype(f"<u{patch.bits.dtype.itemsize}").view(np.uint8).reshape(len(patch.bits), -1).T
-        streams += [gaps.tobytes(), planes.tobytes()]
+        all_gaps.append(gaps.tobytes())
+        all_planes.append(planes.tobytes())
     head = json.dumps({"elements": delta.num_elements, "tensors": table}).encode()
-    body = head + zlib.compress(b"".join(streams), level=1)
-    return _FRAME.pack(_MAGIC, zlib.crc32(body), len(head), len(body) - len(head)) + body
+    parts = head, b"".join(all_gaps), zlib.compress(b"".join(all_planes), level=1)
+    body = b"".join(parts)
+    return _FRAME.pack(_MAGIC, zlib.crc32(body), *map(len, parts)) + body
 
 
 def decode(data: bytes) -> Delta:
     """Raises VersionError for bytes that `encode` did not write: torn, flipped, or something else altogether."""
     if len(data) < _FRAME.size:
         raise VersionError(f"a delta has at least {_FRAME.size} bytes, this one {len(data)}")
-    magic, checksum, head_size, body_size = _FRAME.unpack_from(data)
+    magic, checksum, *sizes = _FRAME.unpack_from(data)
     body = memoryview(data)[_FRAME.size :]
-    if magic != _MAGIC or len(body) != head_size + body_size or zlib.crc32(body) != checksum:
+    if magic != _MAGIC or len(body) != sum(sizes) or zlib.crc32(body) != checksum:
         raise VersionError("its checksum does not fit: it is torn, or was changed")
-    head = json.loads(bytes(body[:head_size]))
-    streams = np.frombuffer(zlib.decompress(body[head_size:]), np.uint8)
-    patches, at = {}, 0
+    table_end, gaps_end = sizes[0], sizes[0] + sizes[1]
+    head = json.loads(bytes(body[:table_end]))
+    all_gaps = np.frombuffer(body[table_end:gaps_end], np.uint8)
+    all_planes = np.frombuffer(zlib.decompress(body[gaps_end:]), np.uint8)
+    patches, gap, plane = {}, 0, 0
     for name, (num_changed, num_gaps, width) in head["tensors"].items():
-        gaps, at = streams[at : at + num_gaps], at + num_gaps
-        planes, at = streams[at : at + num_changed * width], at + num_changed * width
+        gaps, gap = all_gaps[gap : gap + num_gaps], gap + num_gaps
+        planes, plane = all_planes[plane : plane + num_changed * width], plane + num_changed * width
         bits = np.ascontiguousarray(planes.reshape(width, num_changed).T).view(f"<u{width}").reshape(-1)
         patches[name] = Patch(_unpack_gaps(gaps), bits)
     return Delta(patches, head["elements"])
@@ -122,10 +126,10 @@ def decode(data: bytes) -> Delta:
 def _compare(old: np.ndarray, new: np.ndarray) -> Patch:
     indices, bits = [], []
     for start in range(0, len(old), _CHUNK):
-        difference = old[start : start + _CHUNK] ^ new[start : start + _CHUNK]
-        changed = np.flatnonzero(difference)
+        before, after = old[start : start + _CHUNK], new[start : start + _CHUNK]
+        changed = np.flatnonzero(before != after)  # of truth values: several times the speed of numbers
         indices.append(changed + start)
-        bits.append(difference[changed])
+        bits.append(before[changed] ^ after[changed])
     if not indices:
         return Patch(np.zeros(0, np.int64), old[:0].copy())
     return Patch(np.concatenate(indices), np.concatenate(bits))

@@ -25,7 +25,9 @@ import numpy as np
 
 from agentgym.deltas import MAX_CHANGED, Delta, decode, difference, encode, flip, same_model
 from agentgym.errors import CheckpointError, VersionError
-from agentgym.weight_file import is_whole, load_file, map_file, save_file
+from agentgym.weight_file import BFLOAT16, is_whole, load_file, map_file, save_file
+
+__all__ = ["BFLOAT16", "Delta", "Recorded", "VersionLog", "VersionReader"]
 
 # The file of the last number given out. It is written before the weights: a crash can burn a number, never reuse it.
 _ISSUED = "issued"

@@ -133,7 +133,9 @@ def _sampled_by(model: PreTrainedModel) -> list[MicroBatch]:
     )  # fmt: skip
     mask = (False,) * PROMPT + (True,) * (LENGTH - PROMPT)
     versions = tuple(0 if sampled else NO_VERSION for sampled in mask)
-    rows = [Row(TokenSequence(tuple(ids), mask, (0.0,) * LENGTH, versions, versions), 0.0) for ids in token_ids.tolist()]
+    rows = [
+        Row(TokenSequence(tuple(ids), mask, (0.0,) * LENGTH, versions, versions), 0.0) for ids in token_ids.tolist()
+    ]
     return build_micro_batches(rows, max_tokens=NUM_ROWS * LENGTH)
 
 
@@ -143,7 +145,13 @@ def _model(quick: bool) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
     )

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from agentgym.errors import CheckpointError
-from agentgym.weight_file import BFLOAT16
+from agentgym.versions import BFLOAT16
 
 
 def published_weights(model: torch.nn.Module, dtype: str = "float32") -> dict[str, np.ndarray]:
