@@ -125,4 +125,4 @@ def _by_place(header: Mapping[str, dict]) -> dict[str, tuple[np.dtype, tuple[int
 
 
 def _raw(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data

@@ -58,8 +58,9 @@ def _chain(model: PreTrainedModel, batches: list[MicroBatch], lr: float) -> dict
     first = weights = published_weights(model, "bfloat16")
     copy_bytes = sum(array.nbytes for array in weights.values())
     generator = torch.Generator().manual_seed(SEED)
-    chain, changed, encode_s, bare_bytes, plain_bytes, plain_s = [], [], [], [], [], []
-    for step in range(CHAIN):
+    chain, changed, encode_s, bare_bytes = [], [], [], []
+    before = weights
+    for _ in range(CHAIN):
         _step(model, optimizer, batches, generator)
         before, weights = weights, published_weights(model, "bfloat16")
         began = time.perf_counter()
@@ -69,8 +70,7 @@ def _chain(model: PreTrainedModel, batches: list[MicroBatch], lr: float) -> dict
         chain.append(data)
         changed.append(delta.changed_fraction)
         bare_bytes.append(sum(3 * len(patch.indices) for patch in delta.patches.values()))  # a gap byte, two of bits
-        if step == CHAIN - 1:  # once is enough: it is slow
-            plain_bytes, plain_s = _plain(before, weights)
+    plain_bytes, plain_s = _plain(before, weights)  # once is enough: it is slow
     current = {name: array.copy() for name, array in weights.items()}
     spare = {name: np.empty_like(array) for name, array in weights.items()}
     switch_s, memcpy_s = [], []
@@ -97,7 +97,7 @@ def _chain(model: PreTrainedModel, batches: list[MicroBatch], lr: float) -> dict
 def _plain(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> tuple[int, float]:
     """Bytes and seconds of a general compressor at its fastest over the whole XOR."""
     began = time.perf_counter()
-    size = sum(len(zlib.compress(np.bitwise_xor(bits_of(old[name]), bits_of(new[name])), 1)) for name in new)
+    size = sum(len(zlib.compress(np.bitwise_xor(bits_of(old[name]), bits_of(new[name])).data, 1)) for name in new)
     return size, time.perf_counter() - began
 
 

@@ -76,10 +76,11 @@ class Learner:
             num_training_steps=trainer.steps * trainer.updates_per_batch,
         )  # fmt: skip
         accelerator.register_for_checkpointing(self._schedule)
-        self.anchor = make_anchor(
-            trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
-            max_staleness=config.rollout.max_staleness,
-        )  # fmt: skip
+        with self._as_published():  # an average begins with what engines serve
+            self.anchor = make_anchor(
+                trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
+                max_staleness=config.rollout.max_staleness,
+            )  # fmt: skip
         self._correction = correction_of(config.loss)
 
     @property

@@ -85,7 +85,7 @@ class ScoringModel:
         state = self._scratch.state_dict(keep_vars=True)
         for name, patch in delta.patches.items():
             target = state[name].detach().view(-1).view(_BITS[state[name].element_size()])
-            bits = torch.from_numpy(patch.bits.view(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
+            bits = torch.from_numpy(patch.bits.astype(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
             shift = self._shifts[name]
             assert shift is not None, "bring() switches only what can be"
             target[torch.from_numpy(patch.indices).to(target.device)] ^= bits << shift
