@@ -108,11 +108,15 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict], int]:
         raise VersionError(f"{path} is torn: it ends within its header")
     try:
         header = json.loads(file.read(length))
-        ends = [part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"]
+        parts = [part for name, part in header.items() if name != "__metadata__"]
+        end = max((part["data_offsets"][1] for part in parts), default=0)
+        unknown = {part["dtype"] for part in parts} - _DTYPES.keys()
     except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise VersionError(f"{path} is no safetensors file: {error}") from error
-    if size != 8 + length + max(ends, default=0):
-        raise VersionError(f"{path} is torn: it has {size} bytes, its header speaks of {8 + length + max(ends)}")
+    if unknown:
+        raise VersionError(f"{path} holds {', '.join(sorted(unknown))}; published weights can be {', '.join(_DTYPES)}")
+    if size != 8 + length + end:
+        raise VersionError(f"{path} is torn: it has {size} bytes, its header speaks of {8 + length + end}")
     return header, 8 + length
 
 
