@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,20 +40,8 @@ class Patch:
     bits: np.ndarray  # [n] unsigned, as wide as the tensor's elements
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Two versions' difference by tensor name; tensors without one are left out.
-
-    Example: `Delta({"w": Patch(array([3]), array([1], uint16))}, num_elements=10).changed_fraction == 0.1`.
-    """
-
-    patches: Mapping[str, Patch]
-    num_elements: int  # of a whole version
-
-    @property
-    def changed_fraction(self) -> float:
-        changed = sum(len(patch.indices) for patch in self.patches.values())
-        return changed / self.num_elements if self.num_elements else 0.0
+# Two versions' difference by tensor name; tensors without one are left out.
+Delta = Mapping[str, Patch]
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
@@ -72,7 +60,18 @@ def difference(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> 
         patch = _compare(bits_of(old[name]), bits_of(new[name]))
         if len(patch.indices):
             patches[name] = patch
-    return Delta(patches, sum(array.size for array in new.values()))
+    return patches
+
+
+def changed_fraction(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> float:
+    """The share of elements whose bits differ. Counted apart, since where all differ a list of them would be several
+    times the weights."""
+    changed = sum(
+        int(np.count_nonzero(before != after))
+        for name in new
+        for before, after, _ in _chunks(bits_of(old[name]), bits_of(new[name]))
+    )
+    return changed / max(1, sum(array.size for array in new.values()))
 
 
 def same_model(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> bool:
@@ -83,20 +82,20 @@ def same_model(old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> 
 
 def flip(weights: Mapping[str, np.ndarray], delta: Delta) -> None:
     """Turns one of the delta's two versions into the other, in place."""
-    for name, patch in delta.patches.items():
+    for name, patch in delta.items():
         bits_of(weights[name])[patch.indices] ^= patch.bits
 
 
 def encode(delta: Delta) -> bytes:
     all_gaps, all_planes, table = [], [], {}
-    for name, patch in delta.patches.items():
+    for name, patch in delta.items():
         gaps = _pack_gaps(patch.indices)
         table[name] = [len(patch.indices), len(gaps), patch.bits.dtype.itemsize]
         # in byte planes: the high bytes of most XORs are zero, and side by side they cost next to nothing
         planes = patch.bits.astype(f"<u{patch.bits.dtype.itemsize}").view(np.uint8).reshape(len(patch.bits), -1).T
         all_gaps.append(gaps.tobytes())
         all_planes.append(planes.tobytes())
-    head = json.dumps({"elements": delta.num_elements, "tensors": table}).encode()
+    head = json.dumps(table).encode()
     parts = head, b"".join(all_gaps), zlib.compress(b"".join(all_planes), level=1)
     body = b"".join(parts)
     return _FRAME.pack(_MAGIC, zlib.crc32(body), *map(len, parts)) + body
@@ -111,28 +110,32 @@ def decode(data: bytes) -> Delta:
     if magic != _MAGIC or len(body) != sum(sizes) or zlib.crc32(body) != checksum:
         raise VersionError("its checksum does not fit: it is torn, or was changed")
     table_end, gaps_end = sizes[0], sizes[0] + sizes[1]
-    head = json.loads(bytes(body[:table_end]))
+    table = json.loads(bytes(body[:table_end]))
     all_gaps = np.frombuffer(body[table_end:gaps_end], np.uint8)
     all_planes = np.frombuffer(zlib.decompress(body[gaps_end:]), np.uint8)
     patches, gap, plane = {}, 0, 0
-    for name, (num_changed, num_gaps, width) in head["tensors"].items():
+    for name, (num_changed, num_gaps, width) in table.items():
         gaps, gap = all_gaps[gap : gap + num_gaps], gap + num_gaps
         planes, plane = all_planes[plane : plane + num_changed * width], plane + num_changed * width
         bits = np.ascontiguousarray(planes.reshape(width, num_changed).T).view(f"<u{width}").reshape(-1)
         patches[name] = Patch(_unpack_gaps(gaps), bits)
-    return Delta(patches, head["elements"])
+    return patches
 
 
 def _compare(old: np.ndarray, new: np.ndarray) -> Patch:
     indices, bits = [], []
-    for start in range(0, len(old), _CHUNK):
-        before, after = old[start : start + _CHUNK], new[start : start + _CHUNK]
+    for before, after, start in _chunks(old, new):
         changed = np.flatnonzero(before != after)  # of truth values: several times the speed of numbers
         indices.append(changed + start)
         bits.append(before[changed] ^ after[changed])
     if not indices:
         return Patch(np.zeros(0, np.int64), old[:0].copy())
     return Patch(np.concatenate(indices), np.concatenate(bits))
+
+
+def _chunks(old: np.ndarray, new: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    for start in range(0, len(old), _CHUNK):
+        yield old[start : start + _CHUNK], new[start : start + _CHUNK], start
 
 
 def _pack_gaps(indices: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agentgym.deltas import MAX_CHANGED, Delta, decode, difference, encode, flip, same_model
+from agentgym.deltas import MAX_CHANGED, Delta, changed_fraction, decode, difference, encode, flip, same_model
 from agentgym.errors import CheckpointError, VersionError
 from agentgym.weight_file import BFLOAT16, is_whole, load_file, map_file, save_file
 
@@ -227,12 +227,12 @@ class VersionLog(VersionReader):
             return 1.0, 0
         if not same_model(base, weights):  # a run in the folder of another model
             return 1.0, 0
-        delta = difference(base, weights)
-        if delta.changed_fraction > MAX_CHANGED:
-            return delta.changed_fraction, 0
-        data = encode(delta)
+        changed = changed_fraction(base, weights)
+        if changed > MAX_CHANGED:
+            return changed, 0
+        data = encode(difference(base, weights))
         _write_durably(self._delta(before, version), data)
-        return delta.changed_fraction, len(data)
+        return changed, len(data)
 
     def _drop_unheld(self) -> None:
         """Removes every file that no live version is reached through."""

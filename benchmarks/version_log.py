@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from agentgym.deltas import bits_of, decode, difference, encode, flip
+from agentgym.deltas import bits_of, changed_fraction, decode, difference, encode, flip
 from agentgym.server.models import resolve_model
 from agentgym.trajectory import NO_VERSION, TokenSequence
 from agentgym_trainer.batch import MicroBatch, Row, build_micro_batches
@@ -68,8 +68,8 @@ def _chain(model: PreTrainedModel, batches: list[MicroBatch], lr: float) -> dict
         data = encode(delta)
         encode_s.append(time.perf_counter() - began)
         chain.append(data)
-        changed.append(delta.changed_fraction)
-        bare_bytes.append(sum(3 * len(patch.indices) for patch in delta.patches.values()))  # a gap byte, two of bits
+        changed.append(changed_fraction(before, weights))
+        bare_bytes.append(sum(3 * len(patch.indices) for patch in delta.values()))  # a gap byte, two of bits
     plain_bytes, plain_s = _plain(before, weights)  # once is enough: it is slow
     current = {name: array.copy() for name, array in weights.items()}
     spare = {name: np.empty_like(array) for name, array in weights.items()}

@@ -83,7 +83,7 @@ class ScoringModel:
     def _switch(self, delta: Delta) -> None:
         assert self._scratch is not None, "load() comes before a switch"
         state = self._scratch.state_dict(keep_vars=True)
-        for name, patch in delta.patches.items():
+        for name, patch in delta.items():
             target = state[name].detach().view(-1).view(_BITS[state[name].element_size()])
             bits = torch.from_numpy(patch.bits.astype(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
             shift = self._shifts[name]
