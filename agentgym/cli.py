@@ -136,7 +136,7 @@ def list_sandboxes(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a box.")] = False,
 ) -> None:
     """List the boxes of every owner on this machine, and those of others that its Docker daemons hold."""
-    from agentgym.sandbox.gc import list_boxes
+    from agentgym.sandbox.ownership.gc import list_boxes
 
     rows, problems = list_boxes()
     for problem in problems:
@@ -165,7 +165,7 @@ def collect_sandboxes(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of a table.")] = False,
 ) -> None:
     """Remove what no living owner holds: boxes, their processes, cgroups, images and leases."""
-    from agentgym.sandbox.gc import collect_garbage
+    from agentgym.sandbox.ownership.gc import collect_garbage
 
     removed = asdict(collect_garbage(images=images, volumes=volumes, others_older_than_s=all_hosts_older_than))
     problems = removed.pop("problems")
@@ -202,7 +202,7 @@ def _play_agent(
     from agentgym.agents import agent_from
     from agentgym.registry import lookup
     from agentgym.rollout.play import evaluate_agent
-    from agentgym.sandbox.pool import SandboxPool
+    from agentgym.sandbox.warm.pool import SandboxPool
 
     record = lookup(env)
     agent = agent_from(policy, record, _read_key(key_file), **request)

@@ -65,6 +65,46 @@ BENCHMARKS = {
             "chain8_fraction <= 0.2 at lr <= 5e-6",
         ),
         Benchmark(
+            "sandbox_call",
+            "One tool call through the worker of a box, beside `docker exec`.",
+            "worker_p50_ms <= 3, worker_p99_ms <= 15, ratio >= 20",
+        ),
+        Benchmark(
+            "sandbox_start",
+            "A box from the warm pool and cold in each tier, until its first command has answered.",
+            "pool_acquire_p50_ms <= 5, docker_cold_p50_ms <= 350, namespace_cold_p50_ms <= 20",
+        ),
+        Benchmark(
+            "sandbox_capacity",
+            "Boxes that live at once, and the memory of one.",
+            "docker_live 64, namespace_live 200",
+        ),
+        Benchmark(
+            "sandbox_cycles",
+            "A thousand boxes one after another in each tier, and what is left of them.",
+            "all leaks 0",
+        ),
+        Benchmark(
+            "sandbox_sigkill",
+            "What is left 30 s after `kill -9` of an owner with 16 boxes live and 4 being created.",
+            "left_after_30s 0",
+        ),
+        Benchmark(
+            "server_sessions",
+            "500 sessions at once: outside agents that all ask at the same time.",
+            "concurrent 500, errors 0",
+        ),
+        Benchmark(
+            "publish",
+            "New weights to a vLLM server while it samples: every mode, whole and sparse.",
+            "pause_ms <= 60 ms + bytes / (2 GB/s)",
+        ),
+        Benchmark(
+            "logprob_conformance",
+            "Logprobs of the torch engine and of vLLM beside the plain forward.",
+            "max_abs <= 1e-4 (float32)",
+        ),
+        Benchmark(
             "startup",
             "How long `import agentgym` and `agentgym --help` take, each in a fresh process.",
             "import_agentgym_s <= 0.5, cli_help_s <= 1.0",

@@ -64,7 +64,7 @@ async def _measure(client: ServiceClient, sessions: int, repetitions: int) -> di
     seen, alone, seconds = Seen(), Seen(), []
     limits = httpx.Limits(max_connections=sessions, max_keepalive_connections=sessions)
     async with httpx.AsyncClient(base_url=client.url, limits=limits, timeout=300, trust_env=False) as http:
-        delivered = 0.0
+        delivered = rss_mb = 0.0
         for repetition in range(repetitions):
             opened = [await _open(http, f"task-{number // _GROUP}") for number in range(sessions)]
             await _ask(http, opened[0], alone, 1)

@@ -56,6 +56,7 @@ class VllmEngine:
     def __init__(self, model_folder: Path, max_context: int, dtype: str, lost_s: float = 600.0) -> None:
         self.max_context = max_context
         self.policy_version = 0
+        self.loaded_bytes = 0  # by the replica that had to load most, at the last publication
         self.run = secrets.token_hex(4)
         self.seats: list[Seat] = []
         self.model_folder = model_folder
@@ -172,6 +173,7 @@ class VllmEngine:
             self._busy_s += now - self._since
         self._since = now
         (self._calls.add if step > 0 else self._calls.discard)(call)
+        call.seat.running += step
 
     async def _seat_for(self, session: str | None) -> Seat | None:
         """A serving replica; None when the engine is paused before there is one."""
@@ -253,7 +255,7 @@ class VllmEngine:
                 call.end("cut")
 
     async def load(self, update: WeightUpdate) -> None:
-        """As Engine.load. Replicas that fail are taken out and restarted; EngineError when all have failed."""
+        """As Engine.load. Replicas that fail are taken out and restarted; EngineError when every one has failed."""
         if self._paused is None:
             raise EngineError("weights can be loaded only while the engine is paused")
         if self._prepared is None or self._prepared[0] != update:
@@ -266,15 +268,13 @@ class VllmEngine:
             *(seat.load(update.version, published) for seat in serving), return_exceptions=True
         )
         self._prepared = None
-        good = False
+        loaded = [result for result in results if isinstance(result, int)]
         for seat, result in zip(serving, results, strict=True):
-            good = good or not isinstance(result, BaseException)
             if isinstance(result, BaseException):
                 seat.lose(f"failed to load version {update.version}: {result}")
-        if not good:
-            raise EngineError(
-                f"no replica could load version {update.version}: {results[0] if results else 'none serves'}"
-            )
+        if serving and not loaded:
+            raise EngineError(f"no replica could load version {update.version}: {results[0]}")
+        self.loaded_bytes = max(loaded, default=0)  # where none serves just now, each loads it before it does
         self.policy_version, self._update = update.version, update
 
     async def resume(self) -> None:

@@ -96,7 +96,6 @@ class VllmReplica:
     def __init__(self, name: str, run: str, *, url: str | None = None, socket: str | None = None) -> None:
         self.name = name
         self.version = 0
-        self.running = 0
         self._run = run
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits) if socket else None
@@ -113,7 +112,6 @@ class VllmReplica:
         Raises ReplicaLostError or ReplicaPausedError, and what has come until then is in `work`; EngineError.
         """
         start, served = len(work.token_ids), self.version
-        self.running += 1
         try:
             async with self._http.stream("POST", "/inference/v1/generate", json=self._request(work)) as response:
                 if response.status_code != 200:
@@ -125,8 +123,6 @@ class VllmReplica:
                             return
         except (httpx.TransportError, ValueError) as error:
             raise ReplicaLostError(f"{self.name} went away: {type(error).__name__}: {error}") from error
-        finally:
-            self.running -= 1
         raise ReplicaLostError(f"{self.name} ended a reply half-way")
 
     def _request(self, work: Sampling) -> dict[str, Any]:
@@ -202,7 +198,8 @@ class VllmReplica:
 
     async def pause(self, mode: PauseMode) -> None:
         """Returns when the server computes nothing any more."""
-        await self._post(f"/pause?mode={mode}")
+        # told to clear its caches, 0.32 computes the keys of kept requests again, and they would not be kept
+        await self._post(f"/pause?mode={mode}&clear_cache={'false' if mode == 'keep' else 'true'}")
 
     async def resume(self) -> None:
         await self._post("/resume")

@@ -68,6 +68,7 @@ class Seat:
         self.name = name
         self.state: SeatState = "starting"
         self.error = ""
+        self.running = 0  # requests; the engine counts them
         self.replica: VllmReplica | None = None
         self.server: VllmServer | None = None
         self._engine = engine
@@ -78,10 +79,6 @@ class Seat:
         self._staged: tuple[PublishedTensors, Mapping[str, str]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-
-    @property
-    def running(self) -> int:
-        return self.replica.running if self.replica is not None else 0
 
     def status(self) -> ReplicaStatus:
         version = self.replica.version if self.replica is not None else -1
@@ -150,8 +147,8 @@ class Seat:
         await self.replica.stage(published, names)
         self._staged = published, names
 
-    async def load(self, version: int, published: PublishedTensors) -> None:
-        """Serves `published` as `version`; only while paused."""
+    async def load(self, version: int, published: PublishedTensors) -> int:
+        """Serves `published` as `version`; only while paused. Returns how many bytes the server had to load."""
         assert self.replica is not None
         if self._staged is None or self._staged[0] is not published:  # it came to serve after the others had staged
             await self.stage(published)
@@ -159,6 +156,7 @@ class Seat:
         names, self._loaded, self._staged = self._staged[1], None, None
         await self.replica.load(version, names)
         self._loaded = published.checksums
+        return sum(published.sizes[name] for name in names)
 
     async def pause(self, mode: PauseMode) -> None:
         assert self.replica is not None

@@ -155,7 +155,7 @@ async def until_answering(
 
 def _command(model_folder: Path, options: VllmServerOptions, socket: Path) -> list[str]:
     return [
-        str(options.python), "-m", "vllm.entrypoints.openai.api_server",
+        str(options.python.absolute()), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model_folder.resolve()),
         "--uds", str(socket),
         "--dtype", options.dtype,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentgym.errors import ArchiveError, InputError
-from agentgym.sandbox.worker_tar import END, FILE, FOLDER, KINDS, BadTar, Entry, Reader, padded
-from agentgym.sandbox.worker_tree import Blocked, place_file, place_folder
+from agentgym.sandbox.inside.worker_tar import END, FILE, FOLDER, KINDS, BadTar, Entry, Reader, padded
+from agentgym.sandbox.inside.worker_tree import Blocked, place_file, place_folder
 
 
 @dataclass(frozen=True, slots=True)

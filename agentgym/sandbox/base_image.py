@@ -50,7 +50,7 @@ def build_base_image(
     tag: str = BASE_IMAGE, *, force: bool = False, mirror: str | None = None, report: Report = print
 ) -> bool:
     """Builds the image unless the daemon has it; whether it was built. About a minute, and 300 MB of temporary disk."""
-    from agentgym.sandbox.images import daemon_architecture, has_image, import_image
+    from agentgym.sandbox.docker.images import daemon_architecture, has_image, import_image
 
     if not re.fullmatch(r"[a-z0-9][a-z0-9._/-]*:[\w][\w.-]{0,127}", tag):
         raise InputError(f"the tag of the base image must look like name:version, got {tag!r}")

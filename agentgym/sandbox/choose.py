@@ -7,11 +7,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from agentgym.errors import InputError, UnavailableError, UnknownNameError
-from agentgym.sandbox.namespace import NamespaceSandbox, namespace_problem
+from agentgym.sandbox.namespace.tier import NamespaceSandbox, namespace_problem
 from agentgym.sandbox.spec import BASE_IMAGE, STRENGTH, TIERS, Sandbox, SandboxSpec
 
 if TYPE_CHECKING:
-    from agentgym.sandbox.docker_host import DockerHost
+    from agentgym.sandbox.docker.host import DockerHost
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def open_sandbox(
     chosen = choose_tier("auto", spec.image, at_least=at_least, host=host) if tier == "auto" else tier
     if chosen == "namespace":
         return NamespaceSandbox(spec)
-    from agentgym.sandbox.docker import open_docker  # the client is loaded by those who use it
+    from agentgym.sandbox.docker.tier import open_docker  # the client is loaded by those who use it
 
     return open_docker(spec, host, chosen)
 
@@ -85,7 +85,7 @@ def _candidates(at_least: str) -> list[str]:
 def _problem(tier: str, image: str, host: DockerHost | None) -> str | None:
     if tier == "namespace":
         return namespace_problem()
-    from agentgym.sandbox.docker import docker_problem
+    from agentgym.sandbox.docker.tier import docker_problem
 
     return docker_problem(image, host, tier)
 

@@ -35,7 +35,7 @@ class PythonInterpreter:
         self._sandbox = sandbox
         self._process: int | None = None
         self._ids = itertools.count(1)
-        self._driver = (importlib.resources.files("agentgym.sandbox") / "python_driver.py").read_text()
+        self._driver = (importlib.resources.files("agentgym.sandbox.inside") / "python_driver.py").read_text()
 
     def run(self, code: str, timeout_s: float = 10.0) -> PythonResult:
         """Runs the code. At the deadline, or if the code ends the interpreter, a new one takes its place."""

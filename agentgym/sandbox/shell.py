@@ -46,7 +46,7 @@ class ShellSession:
         self._box = box
         self._process: int | None = None
         self._ids = itertools.count(1)
-        self._driver = (importlib.resources.files("agentgym.sandbox") / "shell_driver.py").read_text("utf-8")
+        self._driver = (importlib.resources.files("agentgym.sandbox.inside") / "shell_driver.py").read_text("utf-8")
 
     def run(self, command: str, timeout_s: float = 10.0) -> ShellResult:
         """Runs the command. At the deadline, or if it ends the shell, a new one takes its place."""

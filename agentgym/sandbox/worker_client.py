@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from agentgym.errors import ArchiveError, SandboxDiedError, SandboxError, SandboxLimitError
-from agentgym.sandbox.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, tag_of
+from agentgym.sandbox.inside.worker_frames import BOX, HOST, PART, SIZES, TAG, sealed, tag_of
 
 MAX_HEADER = 64 * 1024
 GRACE_S = 10.0  # what a loaded machine may take beyond the deadline that the worker keeps
@@ -78,9 +78,9 @@ def worker_program(compiled_for: str | None = None, modules: tuple[str, ...] = (
 
 @functools.lru_cache(maxsize=8)
 def _program(python: str | None, _version: tuple[int, int] | None, modules: tuple[str, ...]) -> bytes:
-    package = importlib.resources.files("agentgym.sandbox")
+    package = importlib.resources.files("agentgym.sandbox.inside")
     names = (*modules, *MODULES)
-    sources = [(f"agentgym.sandbox.{name}", (package / f"{name}.py").read_text("utf-8")) for name in names]
+    sources = [(f"agentgym.sandbox.inside.{name}", (package / f"{name}.py").read_text("utf-8")) for name in names]
     if python is None:
         magic = importlib.util.MAGIC_NUMBER
         compiled = [(name, compile(text, name, "exec", dont_inherit=True, optimize=2)) for name, text in sources]

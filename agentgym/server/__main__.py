@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agentgym.config import load_config, parse_config
 from agentgym.errors import AgentGymError, ConfigError
+from agentgym.server.logs import configure
 from agentgym.server.process import end_process, run_child
 from agentgym.server.settings import ServiceConfig
 
@@ -23,10 +24,10 @@ def main() -> int:
     parser.add_argument("--versions-dir", type=Path, required=True, help="the only folder weights are loaded from")
     parser.add_argument("--ready-fd", type=int, required=True, help="an inherited pipe; told the address and the key")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure("text")
     try:
         config = read_config(options.config)
+        configure(config.server.log_format)
         return run_child(config, options.model, options.run_dir, options.versions_dir, options.ready_fd)
     except AgentGymError as error:
         logging.error("%s", error)

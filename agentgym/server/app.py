@@ -15,8 +15,8 @@ from agentgym.server.openai_api import ConversationOf, OpenAiSurface
 from agentgym.server.openai_errors import add_handlers
 from agentgym.server.replies import Conversation, Replies, Unrecorded
 from agentgym.server.service import RolloutService
-from agentgym.server.sessions import UnknownSessionError
 from agentgym.server.sessions_api import sessions_router
+from agentgym.server.sessions_errors import UnknownSessionError
 from agentgym.server.trainer_api import trainer_router
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import time
+from asyncio import FIRST_COMPLETED
 from dataclasses import dataclass
 
 from fastapi.responses import Response
@@ -74,21 +75,25 @@ class Door:
     def running(self) -> int:
         return len(self._running)
 
-    async def drain(self, limit_s: float) -> bool:
-        """Takes no more requests under `/v1`, and waits until those that run have ended; False at the limit."""
+    async def drain(self, limit_s: float, hurry: asyncio.Event) -> bool:
+        """Takes no more requests under `/v1`, and waits until those that run have ended; cuts them off and is False at
+        the limit, or when it is to hurry."""
         self.draining = True
-        deadline = time.monotonic() + limit_s
-        while self._running and (left := deadline - time.monotonic()) > 0.0:
+        began = time.monotonic()
+        hurrying = asyncio.create_task(hurry.wait())
+        while self._running and not hurry.is_set() and (left := began + limit_s - time.monotonic()) > 0.0:
             oldest = max(self._running.values(), key=lambda visit: visit.seconds)
             log.info(
                 "draining: %d requests run, the oldest (%s %s) for %.1f s; waiting %.1f s at most",
                 len(self._running), oldest.route, oldest.request_id, oldest.seconds, left,
             )  # fmt: skip
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), min(left, WAITING_REPORT_S))
+            idle = asyncio.create_task(self._idle.wait())
+            await asyncio.wait((idle, hurrying), timeout=min(left, WAITING_REPORT_S), return_when=FIRST_COMPLETED)
+            idle.cancel()
+        hurrying.cancel()
         if not self._running:
             return True
-        log.warning("drained for %.1f s; %d requests are cut off", limit_s, len(self._running))
+        log.warning("drained for %.1f s; %d requests are cut off", time.monotonic() - began, len(self._running))
         self._cut.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), CUT_S)
@@ -204,7 +209,7 @@ class Door:
         watching = asyncio.create_task(_disconnected(receive))
         cut = asyncio.create_task(self._cut.wait())
         try:
-            await asyncio.wait((working, watching, cut), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((working, watching, cut), return_when=FIRST_COMPLETED)
             if not working.done() and not sender.complete:
                 sender.gone = watching.done() or sender.started
                 working.cancel()

@@ -4,8 +4,9 @@ for a busy engine longer than ENGINE_S, and says nothing about anybody's message
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -18,6 +19,15 @@ from agentgym.server.metrics import CONTENT_TYPE, Metrics, Reading
 from agentgym.server.service import RolloutService
 
 ENGINE_S = 2.0
+
+
+@runtime_checkable
+class _Replicated(Protocol):
+    """An engine of several replicas."""
+
+    def replicas(self) -> Sequence[Any]:
+        """What each of them serves; data classes."""
+        ...
 
 
 class Health:
@@ -62,7 +72,9 @@ class Health:
             "model": service.model_name,
             "policy_version": service.policy.policy_version,
             "engine": engine,
-            "replicas": self._replicas(),
+            "replicas": [  # to anybody who asks: no addresses, no errors
+                {key: replica[key] for key in ("name", "state", "policy_version")} for replica in self._replicas()
+            ],
             "requests": self.door.running if self.door else 0,
             "sessions": service.sessions.num_open,
         }
@@ -98,13 +110,17 @@ class Health:
             return "the engine does not answer"
         except EngineError:
             return "the engine is gone"
+        if all(replica["state"] != "serving" for replica in self._replicas()):
+            return "no replica serves"
         return "draining" if self.door is not None and self.door.draining else "ok"
 
     def _replicas(self) -> list[dict[str, Any]]:
-        stats = self._stats
-        if stats is None:
+        engine = self._service.policy.engine
+        if isinstance(engine, _Replicated):
+            return [dataclasses.asdict(replica) for replica in engine.replicas()]
+        if self._stats is None:
             return []
-        return [{"id": "0", "status": "serving", "policy_version": stats.policy_version}]
+        return [{"name": "engine", "state": "serving", "policy_version": self._stats.policy_version}]
 
     def _readings(self) -> Iterable[Reading]:
         policy = self._service.policy
@@ -132,6 +148,12 @@ class Health:
             yield Reading("agentgym_engine_busy_seconds", "Seconds spent computing.", stats.busy_s, kind="counter")
         else:
             yield Reading("agentgym_engine_up", "Whether the engine answers.", 0)
+        for replica in self._replicas():
+            serving = float(replica["state"] == "serving")
+            labels = {"replica": replica["name"]}
+            yield Reading("agentgym_replica_serving", "Whether a replica serves.", serving, labels)
+            version = replica["policy_version"]
+            yield Reading("agentgym_replica_policy_version", "The version that a replica serves.", version, labels)
         sessions = self._service.sessions
         yield Reading("agentgym_sessions_open", "Sessions that are open.", sessions.num_open)
         for state, count in sessions.ended.items():

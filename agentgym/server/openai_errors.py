@@ -25,7 +25,7 @@ from agentgym.errors import (
 )
 from agentgym.server import wire
 from agentgym.server.replies import DeadlineError
-from agentgym.server.sessions import SessionBusyError, SessionEndedError, SessionLimitError, UnknownSessionError
+from agentgym.server.sessions_errors import SessionBusyError, SessionEndedError, SessionLimitError, UnknownSessionError
 from agentgym.server.sessions_retries import KeyReusedError
 
 log = logging.getLogger(__name__)

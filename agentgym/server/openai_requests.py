@@ -107,7 +107,10 @@ class SampledRequest(BaseModel):
     model: str = Field(description="the name that `/v1/models` lists")
     max_tokens: int | None = Field(None, ge=1, description="tokens to sample at most")
     temperature: float | None = Field(
-        None, ge=0.0, le=MAX_TEMPERATURE, description=f"0 (greedy), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}; 1"
+        None,
+        ge=0.0,
+        le=MAX_TEMPERATURE,
+        description=f"0 (greedy), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}; default 1",
     )
     seed: Seed | None = Field(None, description="the same seed under the same version draws the same tokens")
     n: int | None = Field(None, ge=1, le=MAX_N, description=f"replies, up to {MAX_N}; each has a seed of its own")
@@ -189,7 +192,7 @@ class ChatRequest(SampledRequest):
     )
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = Field(
         None,
-        description="`auto`, or `none`: the tools are not shown; a call that is forced is not sampled, so no other",
+        description="with `none` the tools are not shown; a forced call is not a sampled one",
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="another name of `max_tokens`")
     logprobs: bool | None = Field(None, description="the logprob of each sampled token, as it was sampled")

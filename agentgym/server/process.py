@@ -1,7 +1,8 @@
 """The service as a process: where it listens, who may end it, and in which order it ends.
 
-Law: it ends in order (episodes, environments, sandboxes, engine) on SIGTERM, SIGINT, a shutdown request and, as a
-child, on the death of its parent; and it ends in any case, because an order that hangs has a deadline.
+Law: it ends in order (requests, episodes, environments, sandboxes, engine) on SIGTERM, SIGINT, a shutdown request and,
+as a child, on the death of its parent; and it ends in any case, because an order that hangs has a deadline. Requests
+that run are answered first, within `server.drain_s`; not on a second signal, and not for a parent that is gone.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from agentgym.server.app import create_app
 from agentgym.server.door import Door, Limits
 from agentgym.server.engines import start_engine
 from agentgym.server.keys import Keyring, Keys
+from agentgym.server.logs import configure
 from agentgym.server.service import EngineFactory, RolloutService
 from agentgym.server.settings import ServerSection, ServiceConfig
 
 log = logging.getLogger(__name__)
 ENDING_S = 15.0  # for ending in order; then the process ends out of order
 PARENT_S = 0.5  # between two looks at the parent
+KEEP_ALIVE_S = 75  # longer than clients keep theirs, so that a request never meets a connection that is being closed
 KEY_FILE = "trainer.key"
 
 
@@ -55,6 +58,8 @@ def serve(
 ) -> int:
     """Runs the service in the foreground until SIGINT or SIGTERM; returns the exit code. The key that a trainer needs
     is left in `run_dir/trainer.key`. Raises InputError and its kin, and the failures of what it starts."""
+    if config.server.log_format == "json":
+        configure("json")
     run_dir.mkdir(parents=True, exist_ok=True)
     versions_dir = run_dir / "versions"
     versions_dir.mkdir(exist_ok=True)
@@ -103,11 +108,19 @@ async def _run(
     engine_factory: EngineFactory,
     parent: int | None,
 ) -> int:
-    stopping = asyncio.Event()
+    stopping, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        (hurry if stopping.is_set() else stopping).set()
+
+    def orphaned() -> None:
+        hurry.set()
+        stopping.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
-    watching = asyncio.create_task(_watch_parent(parent, stopping)) if parent is not None else None
+        loop.add_signal_handler(number, signalled)
+    watching = asyncio.create_task(_watch_parent(parent, orphaned)) if parent is not None else None
     keys = Keys(secrets.token_urlsafe(32), read_key(config.server))
     with listen(config.server) as listener:
         starting = asyncio.create_task(
@@ -125,7 +138,7 @@ async def _run(
             app = create_app(service, Keyring(keys), stopping.set, Limits.of(config.server))
             where = Listening(url(listener, config.server), keys)
             stopped.add_done_callback(lambda _: service.collector.end_waiting())
-            await serve_http(app, listener, lambda: announce(where), stopped, config.server.drain_s)
+            await serve_http(app, listener, lambda: announce(where), stopped, config.server.drain_s, hurry)
         finally:
             log.info("ending: episodes, environments, engine")
             stopped.cancel()
@@ -149,12 +162,18 @@ class _Server(uvicorn.Server):
 
 
 async def serve_http(
-    app: Door, listener: socket.socket, announce: Callable[[], None], stopped: asyncio.Future[Any], drain_s: float
+    app: Door,
+    listener: socket.socket,
+    announce: Callable[[], None],
+    stopped: asyncio.Future[Any],
+    drain_s: float,
+    hurry: asyncio.Event,
 ) -> None:
-    """Serves `app` on `listener` until `stopped` is done and what runs then has ended, or `drain_s` is over; calls
-    `announce` once it answers."""
+    """Serves `app` on `listener` until `stopped` is done and what runs then has ended, or `drain_s` is over, or it is
+    to hurry; calls `announce` once it answers."""
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none"  # pyright: ignore[reportArgumentType]
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none",  # pyright: ignore[reportArgumentType]
+        timeout_keep_alive=KEEP_ALIVE_S,
     )  # fmt: skip
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -164,7 +183,7 @@ async def serve_http(
         announce()
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            await app.drain(drain_s)
+            await app.drain(drain_s, hurry)
         server.should_exit = True
     await serving
 
@@ -198,7 +217,7 @@ def read_key(section: ServerSection) -> str | None:
     return key
 
 
-async def _watch_parent(parent: int, stopping: asyncio.Event) -> None:
+async def _watch_parent(parent: int, orphaned: Callable[[], None]) -> None:
     """Sees the end of stdin, which the parent holds open, and the parent's death (its other children may hold the
     pipe open too)."""
     loop = asyncio.get_running_loop()
@@ -207,12 +226,12 @@ async def _watch_parent(parent: int, stopping: asyncio.Event) -> None:
         while os.read(0, 4096):
             pass
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(stopping.set)
+            loop.call_soon_threadsafe(orphaned)
 
     threading.Thread(target=read, name="parent", daemon=True).start()
     while os.getppid() == parent:
         await asyncio.sleep(PARENT_S)
-    stopping.set()
+    orphaned()
 
 
 def end_process(code: int) -> None:

@@ -28,7 +28,7 @@ from agentgym.rollout.limits import EpisodeLimits
 from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import succeeded
-from agentgym.sandbox.pool import SandboxPool
+from agentgym.sandbox.warm.pool import SandboxPool
 from agentgym.server.engines import start_engine
 from agentgym.server.replies import vocabulary_size
 from agentgym.server.sessions import Sessions
@@ -300,7 +300,7 @@ def _box_pool(record: registry.EnvRecord, config: ServiceConfig) -> SandboxPool 
     settings = config.sandbox
     host = None
     if settings.docker_host is not None:
-        from agentgym.sandbox.docker_host import DockerHost  # Docker's client is loaded by those who use it
+        from agentgym.sandbox.docker.host import DockerHost  # Docker's client is loaded by those who use it
 
         host = DockerHost(settings.docker_host, settings.docker_tls)
     tier = config.env.kwargs.get("sandbox", settings.tier)

@@ -25,6 +25,13 @@ from agentgym.rollout.collector import Collector
 from agentgym.rollout.intake import Declared, Intake
 from agentgym.rollout.recording import Recording
 from agentgym.server.replies import Exchange, Question, Reply
+from agentgym.server.sessions_errors import (
+    SessionBusyError,
+    SessionEndedError,
+    SessionLimitError,
+    UnknownSessionError,
+    UntrainableError,
+)
 from agentgym.server.sessions_retries import Asked, Retries
 from agentgym.server.settings import SessionsSection
 from agentgym.trajectory import EpisodeStatus, Trajectory
@@ -40,30 +47,6 @@ class SessionState(StrEnum):
     FINISHED = "finished"
     ABANDONED = "abandoned"  # by whoever opened it
     EXPIRED = "expired"  # nobody finished it in its time
-
-
-class UnknownSessionError(InputError, LookupError):
-    """There is no such session, or none that the asker may see."""
-
-
-class SessionEndedError(InputError):
-    """A session that has ended takes no more requests and no second ending."""
-
-
-class SessionBusyError(InputError):
-    """A session whose agent is still being answered does not end with a score."""
-
-
-class SessionLimitError(InputError):
-    """A session has used up its turns or tokens."""
-
-
-class UntrainableError(InputError):
-    """A request whose tokens a training session could not use; `param` is the parameter's name."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +251,7 @@ class Sessions:
         self._served = served
         self._intake = Intake(collector, settings.group_ttl_s)
         self._open: dict[str, Session] = {}
-        self._over: OrderedDict[str, Session] = OrderedDict()
+        self._over: OrderedDict[str, SessionView] = OrderedDict()  # without their tokens, which the buffer has
         self._numbers = itertools.count()
         self._sweeper: asyncio.Task[None] | None = None
         collector.attach(self)
@@ -280,11 +263,20 @@ class Sessions:
         return len(self._open)
 
     def get(self, session_id: str) -> Session:
-        """Raises UnknownSessionError."""
-        session = self._open.get(session_id) or self._over.get(session_id)
+        """An open session. Raises UnknownSessionError and SessionEndedError."""
+        session = self._open.get(session_id)
         if session is None:
-            raise UnknownSessionError(f"there is no session {session_id!r}")
+            raise SessionEndedError(f"session {session_id} is {self.view(session_id).state.value}; open another one")
+        session.check_open()
         return session
+
+    def view(self, session_id: str) -> SessionView:
+        """A session that is open, or has ended not too long ago. Raises UnknownSessionError."""
+        if session_id in self._open:
+            return self._open[session_id].view()
+        if session_id not in self._over:
+            raise UnknownSessionError(f"there is no session {session_id!r}")
+        return self._over[session_id]
 
     def live_versions(self) -> set[int]:
         """As Outside.live_versions."""
@@ -327,10 +319,10 @@ class Sessions:
 
     async def finish(
         self, session_id: str, components: Mapping[str, float], *, truncated: bool = False, invalid: str | None = None
-    ) -> Session:
+    ) -> SessionView:
         """Ends an episode with what it earned; `invalid` says why nobody knows that. Raises InputError for what is no
         reward, SessionEndedError, and SessionBusyError while its agent is still being answered."""
-        session = self._running(session_id)
+        session = self.get(session_id)
         score = Score.of(components) if invalid is None else Score.invalid(invalid)
         if not components and invalid is None:
             raise InputError("components must name at least one reward, or `invalid` say why there is none")
@@ -339,7 +331,7 @@ class Sessions:
         deadline = time.monotonic() + BUSY_S
         while session.num_under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.02)  # a client that hung up is noticed in a moment
-        self._running(session_id)
+        self.get(session_id)
         if session.num_under_way:
             raise SessionBusyError(f"{session.num_under_way} requests of session {session_id} are still being answered")
         if not session.recording.turns():
@@ -347,13 +339,13 @@ class Sessions:
         session.score = score
         status = EpisodeStatus.TRUNCATED if truncated else EpisodeStatus.TERMINATED
         self._end(session, SessionState.FINISHED, session.trajectory(self._env_id, status, None))
-        return session
+        return self.view(session_id)
 
-    def abandon(self, session_id: str) -> Session:
+    def abandon(self, session_id: str) -> SessionView:
         """Ends an episode without a score. Raises SessionEndedError."""
-        session = self._running(session_id)
+        session = self.get(session_id)
         self._end_unscored(session, SessionState.ABANDONED, "abandoned by whoever opened it")
-        return session
+        return self.view(session_id)
 
     def expire(self) -> None:
         """Ends the sessions whose time is up, and gives up groups that nobody completes."""
@@ -371,11 +363,6 @@ class Sessions:
 
     # ----------------------------------------------------------------------------------------------------- parts
 
-    def _running(self, session_id: str) -> Session:
-        session = self.get(session_id)
-        session.check_open()
-        return session
-
     def _end_unscored(self, session: Session, state: SessionState, why: str) -> None:
         error = f"Session{state.value.capitalize()}: {why}"
         self._end(session, state, session.trajectory(self._env_id, EpisodeStatus.FAILED, error))
@@ -383,7 +370,7 @@ class Sessions:
     def _end(self, session: Session, state: SessionState, trajectory: Trajectory) -> None:
         session.state = state
         del self._open[session.name]
-        self._over[session.name] = session
+        self._over[session.name] = session.view()
         self.ended[state.value] += 1
         if session.group_id is None:
             self._collector.keep(trajectory)

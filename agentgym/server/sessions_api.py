@@ -13,7 +13,8 @@ from agentgym.rollout.intake import Declared
 from agentgym.server.keys import Keyring, Principal
 from agentgym.server.openai_api import StrictJson
 from agentgym.server.openai_errors import ForbiddenError
-from agentgym.server.sessions import Session, Sessions, UnknownSessionError
+from agentgym.server.sessions import Sessions, SessionView
+from agentgym.server.sessions_errors import UnknownSessionError
 from agentgym.server.visit import Visit
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -65,13 +66,13 @@ def sessions_router(sessions: Sessions, keyring: Keyring, model_name: str) -> AP
         )
         base_url = f"{str(request.base_url).rstrip('/')}/v1/sessions/{session.name}"
         key = keyring.admit(session.name)  # shown once; the service keeps its digest
-        return _view(session) | {"api_key": key, "base_url": base_url, "model": model_name}
+        return _view(session.view()) | {"api_key": key, "base_url": base_url, "model": model_name}
 
     @router.get("/{session_id}")
     async def show(session_id: str, request: Request) -> dict[str, Any]:
         """What a session has used and how it stands."""
         _check_sees(_principal(request), session_id)
-        return _view(sessions.get(session_id))
+        return _view(sessions.view(session_id))
 
     @router.post("/{session_id}/finish")
     async def finish(session_id: str, body: FinishRequest, request: Request) -> dict[str, Any]:
@@ -105,8 +106,7 @@ def _check_sees(principal: Principal, session_id: str) -> None:
         raise UnknownSessionError(f"there is no session {session_id!r}")  # nor is it said whether there is one
 
 
-def _view(session: Session) -> dict[str, Any]:
-    view = session.view()
+def _view(view: SessionView) -> dict[str, Any]:
     score = None
     if view.score is not None:
         score = {"value": view.score.value, "components": dict(view.score.components), "valid": view.score.valid}

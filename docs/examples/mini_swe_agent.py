@@ -1,6 +1,8 @@
 """mini-swe-agent plays an episode: its own loop and prompts, its commands in one of our boxes, its model ours.
 
-    pip install mini-swe-agent==2.4.6 && pip install --no-deps agentgym-rl   # in an environment of its own
+    # in an environment of its own
+    pip install mini-swe-agent==2.4.6 litellm==1.106.2 mcp==2.3.0
+    pip install --no-deps agentgym-rl
     python docs/examples/mini_swe_agent.py http://127.0.0.1:8000 --task "Write 6 * 7 into answer.txt." --expect 42
 
 The harness is not changed: it is given the session's base URL and key as those of any OpenAI-compatible model, and a

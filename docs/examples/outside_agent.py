@@ -66,11 +66,22 @@ def episode(service: httpx.Client, secret: int) -> float:
             break
         time.sleep(0.1)
     session = opened.raise_for_status().json()
-    with OpenAI(base_url=session["base_url"], api_key=session["api_key"]) as agent:
-        reward = play(agent, session["model"], secret)
-    finish = f"/v1/sessions/{session['id']}/finish"
-    service.post(finish, json={"components": {"correct": reward}}).raise_for_status()
+    url = f"/v1/sessions/{session['id']}"
+    try:
+        with OpenAI(base_url=session["base_url"], api_key=session["api_key"]) as agent:
+            reward = play(agent, session["model"], secret)
+    except APIError:
+        service.delete(url)  # its place is free for another game; nothing is scored as zero
+        raise
+    service.post(f"{url}/finish", json={"components": {"correct": reward}}).raise_for_status()
     return reward
+
+
+def lives(service: httpx.Client) -> bool:
+    try:
+        return service.get("/health/live").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def secrets(group_size: int, seed: int = 0) -> Iterator[int]:
@@ -91,25 +102,22 @@ def main() -> None:
     headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
     games = 0
     with httpx.Client(base_url=options.url, headers=headers, timeout=60, trust_env=False) as service:
-        while True:  # the run may still be starting
-            try:
-                service.get("/health")
-                break
-            except httpx.TransportError:
-                time.sleep(0.2)
+        while not lives(service):  # the run may still be starting
+            time.sleep(0.2)
         with ThreadPoolExecutor(options.agents) as agents:
-            waiting = secrets(options.group_size)
-            running = [agents.submit(episode, service, next(waiting)) for _ in range(options.agents)]
-            try:
-                while True:
-                    game = running.pop(0)
-                    game.result()
+            numbers = secrets(options.group_size)
+            running = [agents.submit(episode, service, next(numbers)) for _ in range(options.agents)]
+            while True:
+                try:
+                    running.pop(0).result()
                     games += 1
-                    running.append(agents.submit(episode, service, next(waiting)))
-            except (httpx.HTTPError, APIError) as error:
-                agents.shutdown(cancel_futures=True)
-                if getattr(getattr(error, "response", None), "status_code", 503) != 503:  # 503: it is ending
-                    raise
+                except (httpx.HTTPError, APIError) as error:
+                    if not lives(service):
+                        break
+                    print(f"a game was lost: {type(error).__name__}: {error}")
+                    time.sleep(0.2)
+                running.append(agents.submit(episode, service, next(numbers)))
+            agents.shutdown(cancel_futures=True)
     print(f"{games} games played; the service is gone")
 
 

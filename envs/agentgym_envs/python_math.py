@@ -21,8 +21,8 @@ from agentgym.env import ToolEnv
 from agentgym.errors import InputError, SandboxDiedError, SandboxError
 from agentgym.messages import Message, call
 from agentgym.sandbox.interpreter import PythonInterpreter
-from agentgym.sandbox.pool import BoxSource, box_source
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
+from agentgym.sandbox.warm.pool import BoxSource, box_source
 from agentgym.tools import tool
 
 Level = Literal["easy", "standard"]

@@ -15,8 +15,8 @@ from agentgym import agents, registry
 from agentgym.errors import InputError, SandboxDiedError, SandboxError
 from agentgym.messages import Message, ToolCall, call
 from agentgym.rollout.play import evaluate_agent
-from agentgym.sandbox.pool import BoxSource, SandboxPool, box_source
 from agentgym.sandbox.spec import Sandbox, SandboxSpec
+from agentgym.sandbox.warm.pool import BoxSource, SandboxPool, box_source
 from agentgym.testing.env_checks import check_environment
 from agentgym_envs.python_math import _KINDS, BOX_LOST, EXAMPLES, PythonMath, make_problem
 

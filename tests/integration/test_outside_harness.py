@@ -128,7 +128,7 @@ def service(model_folder: Path, tmp_path: Path) -> Iterator[tuple[str, ServiceCl
         loop = asyncio.get_running_loop()
         try:
             stopped = asyncio.ensure_future(stop.wait())
-            await serve_http(app, listener, lambda: ready.set_result((loop, stop)), stopped, 0.5)
+            await serve_http(app, listener, lambda: ready.set_result((loop, stop)), stopped, 0.5, asyncio.Event())
         finally:
             await running.close()
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from agentgym.sandbox.judge_dialogue import Budget
+from agentgym.sandbox.grading.judge_dialogue import Budget
+from agentgym.sandbox.grading.verdict import Verdict
+from agentgym.sandbox.grading.verify import VerifierPlan, verify
 from agentgym.sandbox.spec import Sandbox
-from agentgym.sandbox.verdict import Verdict
-from agentgym.sandbox.verify import VerifierPlan, verify
 from agentgym.testing.sandbox_abuse.attack import Attack, Scene, attack, hostile, require
 
 HONEST = "import sys\nsys.stdout.writelines(reversed(sys.stdin.readlines()))\n"

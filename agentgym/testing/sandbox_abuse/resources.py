@@ -20,6 +20,18 @@ from agentgym.testing.sandbox_abuse.attack import (
 )
 
 FORK = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
+COUNT = """
+import os, time
+children = []
+try:
+    while len(children) < 200:
+        child = os.fork()
+        if child == 0: time.sleep(60)
+        children.append(child)
+except OSError: pass
+print(len(children), flush=True)
+for child in children: os.kill(child, 9)
+"""
 DAEMONS = """
 import os, signal, time
 for _ in range(4):
@@ -40,6 +52,8 @@ PROCESSES = "import os, json; print(json.dumps(sum(name.isdigit() for name in os
 @attack("forks until it cannot, then on: from Python, and from the shell")
 def fork_bomb(scene: Scene) -> str:
     box = scene.box(pids=40)
+    forked = told(box, COUNT)
+    require(forked < 40, f"{forked} children were born in a box with pids=40")
     peak: list[int] = [0]
     over = threading.Event()
 
@@ -58,7 +72,7 @@ def fork_bomb(scene: Scene) -> str:
         over.set()
         watching.join()
     require(peak[0] <= 42, f"the host saw {peak[0]} processes of a box with pids=40")
-    seen = f"the host saw at most {peak[0]} processes" if scene.sees(box) else "its processes are not the host's"
+    seen = f"the host saw at most {peak[0]}" if scene.sees(box) else f"{forked + 2} by its own count"
     return f"ended at the deadline, pids=40 held ({seen}); {scene.check_usable(box)}"
 
 

@@ -20,7 +20,7 @@ def _true_or_dead(box: Sandbox) -> str:
             require((result.exit_code, result.stdout) == (7, word), f"the host was told {result!r:.200}")
             require(box.read_file("/tmp/word") == word, "the host read another file than it wrote")
         except SandboxDiedError as error:
-            return f"the box died, by name ({str(error).rpartition('died: ')[2][:60]})"
+            return f"the box died, by name: {str(error).rpartition('died: ')[2][:80]}"
     return "the box goes on"
 
 
@@ -31,7 +31,7 @@ def _during(box: Sandbox, code: str, timeout_s: float = 10.0) -> str:
     except SandboxTimeoutError:
         return ""
     except SandboxDiedError as error:
-        return f"the box died, by name ({str(error).rpartition('died: ')[2][:60]}); "
+        return f"the box died, by name: {str(error).rpartition('died: ')[2][:80]}"
     require(b"FORGED" not in result.stdout + result.stderr, "the host was given a forged result")
     return ""
 
@@ -52,7 +52,7 @@ os.wait()
 """
     said = _during(box, code)
     said = said or _during(box, "import os\nos.kill(-1, 19)") or _during(box, "import os\nos.kill(-1, 9)")
-    return said + _true_or_dead(box)
+    return said or _true_or_dead(box)
 
 
 @attack("writes forged frames to every descriptor that it has, and to the worker's through /proc/1/fd")
@@ -79,7 +79,7 @@ for fd in range(3, 64):
         frames = b"\0\0\0\x40\0\0\0\x06" + b'{"id": 3, "exit_code": 0, "out": 6}'.ljust(64) + b"FORGED" + word
         result = box.exec(["cat"], stdin=frames)
         require((result.exit_code, result.stdout) == (0, frames), "a printed frame was taken for the worker's")
-    return said + _true_or_dead(box)
+    return said or _true_or_dead(box)
 
 
 @attack("answers before the worker does, in its place: a process that listens to the worker's input and forges replies")
@@ -114,7 +114,7 @@ while time.monotonic() < until:
     time.sleep(0.001)
 """
     said = _during(box, code)
-    return said + ("" if said else _true_or_dead(box))
+    return said or _true_or_dead(box)
 
 
 @attack("poisons what the worker looks at: its working directory, files it is asked to read, the folders on its PATH")

@@ -6,7 +6,7 @@ import threading
 import time
 
 from agentgym.errors import SandboxDiedError
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.spec import Sandbox, SandboxSpec
 from agentgym.testing.sandbox_conformance.questions import Opener, raises
 

@@ -101,10 +101,13 @@ def stands_still(open_box: Opener) -> None:
         box.exec(f"touch a b /tmp/log; ({COUNTER}) >/dev/null 2>&1 &")
         box.exec("while :; do for i in 1 2 3; do (exec true); done; echo x >> /tmp/log; done >/dev/null 2>&1 &")
         process = box.start_process(["cat"])
+        spinning = [box.exec("(while :; do :; done) >/dev/null 2>&1 & echo $!").text.strip() for _ in range(3)]
         time.sleep(0.1)
         assert not box.frozen
         box.freeze()
         box.freeze()
+        states = [box.read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()[0] for pid in spinning]
+        assert states == [b"T"] * 3, "when it is frozen, it stands"
         assert box.frozen
         first = [box.read_file(path) for path in ("/work/a", "/work/b", "/tmp/log")]
         time.sleep(0.3)

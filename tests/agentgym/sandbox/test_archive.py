@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from agentgym.errors import ArchiveError, InputError
 from agentgym.sandbox.archive import Archive, ArchivedFile, ArchiveLimits
-from agentgym.sandbox.worker_tar import END, FILE, FOLDER, LINK, BadTar, Entry, Reader, padded, pax_record, pax_records
+from agentgym.sandbox.inside.worker_tar import (
+    END,
+    FILE,
+    FOLDER,
+    LINK,
+    BadTar,
+    Entry,
+    Reader,
+    padded,
+    pax_record,
+    pax_records,
+)
 
 NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12).filter(
     lambda name: name not in (".", "..") and len(name.encode()) < 100

@@ -11,7 +11,7 @@ import pytest
 
 from agentgym.errors import InputError, SandboxError, UnavailableError
 from agentgym.sandbox import BASE_IMAGE, SandboxSpec, base_image, open_sandbox
-from agentgym.sandbox.images import has_image
+from agentgym.sandbox.docker.images import has_image
 
 pytestmark = pytest.mark.docker
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap needs root")

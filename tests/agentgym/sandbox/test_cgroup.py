@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.sandbox import SandboxSpec, cgroup
+from agentgym.sandbox import SandboxSpec
+from agentgym.sandbox.namespace import cgroup
 
 VERSION_2 = ("memory.max", "memory.swap.max", "pids.max", "cpu.max", "cgroup.procs", "cgroup.subtree_control")
 VERSION_1 = {

@@ -22,7 +22,7 @@ def test_conformance(check: Check, tier: str) -> None:
 
 @pytest.mark.bubblewrap
 def test_the_abuse_checks_hold_without_cgroups_too(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    from agentgym.sandbox import cgroup
+    from agentgym.sandbox.namespace import cgroup
 
     monkeypatch.setattr(cgroup, "ROOT", tmp_path)  # a machine on which no cgroup can be made
     with open_sandbox("namespace", SandboxSpec()) as box:

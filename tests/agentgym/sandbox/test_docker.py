@@ -9,16 +9,19 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import docker
 import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import BASE_IMAGE, SandboxSpec, docker_settings, open_sandbox
-from agentgym.sandbox.docker import docker_problem
-from agentgym.sandbox.images import has_image, import_image
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox import BASE_IMAGE, SandboxSpec, open_sandbox
+from agentgym.sandbox.docker import settings as docker_settings
+from agentgym.sandbox.docker.host import connect
+from agentgym.sandbox.docker.images import has_image, import_image
+from agentgym.sandbox.docker.tier import docker_problem
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
 
 pytestmark = pytest.mark.docker
@@ -187,14 +190,19 @@ def test_its_disk_holds_no_more_files_than_bytes(client: docker.DockerClient) ->
         assert 100 < int(result.text) < 256, "one for 4 KiB"
 
 
-def test_a_volume_of_the_image_is_a_folder_of_the_box(client: docker.DockerClient) -> None:
-    """Docker would make a folder of the host's disk for it, without a limit."""
+def test_what_the_image_prefers_is_not_done(client: docker.DockerClient) -> None:
+    """But for its environment. A volume is a folder of the box: Docker would make one of the host's disk, without a
+    limit."""
     name = f"agentgym/test-volume:{os.getpid()}"
-    dockerfile = io.BytesIO(f"FROM {BASE_IMAGE}\nVOLUME /data\nUSER root\nENV SECRET=of-the-image\n".encode())
+    wishes = 'ENTRYPOINT ["false"]\nCMD ["never"]\nUSER root\nWORKDIR /etc\nHEALTHCHECK CMD false\nSTOPSIGNAL SIGINT\n'
+    dockerfile = io.BytesIO(f"FROM {BASE_IMAGE}\nVOLUME /data\nENV GREETING=hello\n{wishes}".encode())
     list(client.api.build(fileobj=dockerfile, tag=name, rm=True, decode=True))
     try:
         with open_sandbox("docker", SandboxSpec(image=name, tmpfs_mb=4)) as box:
-            assert client.api.inspect_container(box.name)["Mounts"] == []
+            seen = client.api.inspect_container(box.name)
+            assert seen["Mounts"] == []
+            assert seen["Config"]["Healthcheck"] == {"Test": ["NONE"]}
+            assert box.exec("pwd; echo $GREETING").text == "/work\nhello\n"
             assert box.exec("id -u; head -c 5000000 /dev/zero > /data/f").stdout == b"10001\n"
             assert len(box.read_file("/data/f")) == 4 * 2**20
             box.write_file("/data/f", b"kept")
@@ -202,6 +210,24 @@ def test_a_volume_of_the_image_is_a_folder_of_the_box(client: docker.DockerClien
                 assert twin.read_file("/data/f") == b"kept"
     finally:
         client.api.remove_image(name, force=True)
+
+
+# ------------------------------------------------------------------------------------------------ one client for all
+
+
+def test_threads_share_a_client_and_a_forked_child_has_its_own(nothing_stays: None) -> None:
+    daemon = connect()
+    with ThreadPoolExecutor(6) as threads:
+        boxes = list(threads.map(lambda _: open_sandbox("docker"), range(6)))
+        outputs = list(threads.map(lambda i: boxes[i].exec(["echo", str(i)]).text, range(6)))
+        list(threads.map(lambda box: box.close(), boxes))
+    assert outputs == [f"{i}\n" for i in range(6)]
+    assert len({box.name for box in boxes}) == 6
+    assert connect() is daemon
+    child = os.fork()
+    if not child:
+        os._exit(0 if connect() is not daemon and connect().info()["SecurityOptions"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- what is loosened

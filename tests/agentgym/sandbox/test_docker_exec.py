@@ -21,8 +21,8 @@ from agentgym.errors import (
     UnavailableError,
 )
 from agentgym.sandbox import PythonInterpreter, SandboxSpec, open_sandbox
-from agentgym.sandbox.docker_host import connect
-from agentgym.sandbox.images import build_image, remove_image
+from agentgym.sandbox.docker.host import connect
+from agentgym.sandbox.docker.images import build_image, remove_image
 from agentgym.sandbox.spec import Sandbox
 
 pytestmark = pytest.mark.docker
@@ -248,7 +248,7 @@ def gone_within(name: str, seconds: float) -> bool:
 
 
 def test_it_ends_with_its_lease_and_with_its_owner(image: str) -> None:
-    from agentgym.sandbox.lease import owner
+    from agentgym.sandbox.ownership.lease import owner
 
     unheard = open_sandbox("docker", SandboxSpec(image=image, lease_s=1))
     time.sleep(2.5)

@@ -3,6 +3,7 @@ programs do not raise the score, in any tier; and what the mode `together` canno
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
@@ -12,9 +13,9 @@ import pytest
 
 from agentgym.errors import UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
+from agentgym.sandbox.grading.verdict import Verdict
+from agentgym.sandbox.grading.verify import VerifierPlan, verify
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
-from agentgym.sandbox.verdict import Verdict
-from agentgym.sandbox.verify import VerifierPlan, verify
 from agentgym.testing.sandbox_abuse import FORGERIES, Attack
 from agentgym.testing.sandbox_abuse.forging import reading_the_tests
 
@@ -27,12 +28,20 @@ HONEST = "def reverse(items):\n    return items[::-1]\n"
 WRONG = "def reverse(items):\n    return items\n"
 
 
-def opener(tier: str) -> Callable[[SandboxSpec], Sandbox]:
-    """Opens boxes of the tier; skips where it cannot be had."""
+@functools.cache
+def refusal(tier: str) -> str | None:
+    """Why boxes of the tier cannot be had here."""
     try:
         open_sandbox(tier, SandboxSpec()).close()
     except UnavailableError as error:
-        pytest.skip(f"{tier}: {error}")
+        return str(error)
+    return None
+
+
+def opener(tier: str) -> Callable[[SandboxSpec], Sandbox]:
+    """Opens boxes of the tier; skips where it cannot be had."""
+    if (why := refusal(tier)) is not None:
+        pytest.skip(f"{tier}: {why}")
     return lambda spec: open_sandbox(tier, spec)
 
 

@@ -19,15 +19,16 @@ from typing import Any
 import pytest
 
 from agentgym.errors import SandboxError, UnavailableError
-from agentgym.sandbox import SandboxSpec, gc
-from agentgym.sandbox.daemon_http import DaemonHttp, ssh_command
-from agentgym.sandbox.gc import collect_garbage, list_boxes
-from agentgym.sandbox.lease import default_daemon, host_identity, runtime_folder
+from agentgym.sandbox import SandboxSpec
+from agentgym.sandbox.ownership import gc
+from agentgym.sandbox.ownership.daemon_http import DaemonHttp, ssh_command
+from agentgym.sandbox.ownership.gc import collect_garbage, list_boxes
+from agentgym.sandbox.ownership.lease import default_daemon, host_identity, runtime_folder
 
 OWNER = """
 import sys
 from agentgym.sandbox import SandboxSpec, open_sandbox
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.ownership.lease import owner
 box = open_sandbox(sys.argv[1], SandboxSpec(memory_mb=64))
 print(owner().owner_id, box.name, flush=True)
 sys.stdin.read()

@@ -9,7 +9,7 @@ import pytest
 
 from agentgym.errors import SandboxTimeoutError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
-from agentgym.sandbox.docker_exec import DockerExecSandbox
+from agentgym.sandbox.docker.exec_tier import DockerExecSandbox
 
 pytestmark = pytest.mark.docker
 
@@ -65,7 +65,7 @@ def test_without_python_its_boxes_work_too(gvisor: None) -> None:
 
 
 def test_a_choice_is_tried_once(gvisor: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from agentgym.sandbox.docker_host import connect
+    from agentgym.sandbox.docker.host import connect
 
     daemon = connect()
     monkeypatch.setattr(daemon, "gvisor_ran", False)

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.sandbox.daemon_http import DaemonHttp
-from agentgym.sandbox.lease import default_daemon, runtime_folder
-from agentgym.sandbox.leftovers import cgroup_folders
+from agentgym.sandbox.ownership.daemon_http import DaemonHttp
+from agentgym.sandbox.ownership.lease import default_daemon, runtime_folder
+from agentgym.sandbox.ownership.leftovers import cgroup_folders
 
 TIERS = [pytest.param("docker", marks=pytest.mark.docker), pytest.param("namespace", marks=pytest.mark.bubblewrap)]
 OWNER = """
 import json, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from agentgym.sandbox import SandboxSpec, open_sandbox
-from agentgym.sandbox.lease import owner
+from agentgym.sandbox.ownership.lease import owner
 tier, mark, live, starting, lease_s, forks = json.loads(sys.argv[1])
 spec = SandboxSpec(memory_mb=64, lease_s=lease_s)
 with ThreadPoolExecutor(8) as threads:
@@ -169,7 +169,7 @@ def test_the_reaper_was_killed_too_and_the_next_owner_starts(tier: str, start: C
     owner = start(tier)
     os.kill(owner.reaper(), signal.SIGKILL)
     owner.kill()
-    program = "from agentgym.sandbox.lease import owner; owner(); import time; time.sleep(60)"
+    program = "from agentgym.sandbox.ownership.lease import owner; owner(); import time; time.sleep(60)"
     following = subprocess.Popen([sys.executable, "-c", program])
     try:
         gone(owner.left)
@@ -191,8 +191,8 @@ def test_a_process_group_is_killed_and_a_session_hung_up(start: Callable[..., Ow
 
 
 def test_a_stopped_owner_loses_its_boxes_when_their_lease_is_over(tier: str, start: Callable[..., OwnerProcess]):
-    owner = start(tier, live=3, starting=0, lease_s=2.0)
-    time.sleep(3.0)
+    owner = start(tier, live=3, starting=0, lease_s=3.0)
+    time.sleep(4.0)
     assert len(owner.left()["processes"]) >= 3, "while it lives, its leases are renewed"
     owner.process.send_signal(signal.SIGSTOP)
     gone(lambda: owner.left().get("processes"), 10)
@@ -210,7 +210,7 @@ def test_a_child_that_inherited_the_sockets_lives_on(tier: str, start: Callable[
 
 def test_an_owner_that_ends_in_peace_leaves_nothing_either(tier: str):
     program = (
-        "import sys; from agentgym.sandbox import open_sandbox; from agentgym.sandbox.lease import owner\n"
+        "import sys; from agentgym.sandbox import open_sandbox; from agentgym.sandbox.ownership.lease import owner\n"
         "box = open_sandbox(sys.argv[1]); print(owner().folder)"
     )
     done = subprocess.run([sys.executable, "-c", program, tier], capture_output=True, text=True, check=True)

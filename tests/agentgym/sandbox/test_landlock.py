@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.sandbox import SandboxSpec, open_sandbox, seccomp, worker_landlock
+from agentgym.sandbox import SandboxSpec, open_sandbox, seccomp
+from agentgym.sandbox.inside import worker_landlock
 
 # As root or not, a process of the host restricts itself and then tries; nothing else than Landlock stands in its way.
 RESTRICTED = """
 import ctypes, errno, json, os, socket, sys
-from agentgym.sandbox import worker_landlock
+from agentgym.sandbox.inside import worker_landlock
 ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
 base, outsider, abstract = sys.argv[1:]
 read, write, other = (f"{base}/{name}" for name in ("read", "write", "other"))

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox import SandboxSpec, bubblewrap, cgroup, namespace, open_sandbox
-from agentgym.sandbox.namespace import namespace_problem
+from agentgym.sandbox import SandboxSpec, open_sandbox
+from agentgym.sandbox.namespace import bubblewrap, cgroup
+from agentgym.sandbox.namespace import tier as namespace
+from agentgym.sandbox.namespace.tier import namespace_problem
 from agentgym.sandbox.spec import BOX_UID, VERIFIER_UID
 
 pytestmark = pytest.mark.bubblewrap

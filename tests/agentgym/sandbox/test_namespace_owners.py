@@ -26,7 +26,7 @@ import json, os, sys
 sys.path.insert(0, sys.argv[1])
 from agentgym.errors import AgentGymError
 from agentgym.sandbox import SandboxSpec, open_sandbox
-from agentgym.sandbox.namespace import namespace_problem
+from agentgym.sandbox.namespace.tier import namespace_problem
 said = {"uid": os.geteuid(), "problem": namespace_problem()}
 try:
     with open_sandbox("namespace", SandboxSpec(uid=10002, folders=("/logs",))) as box:

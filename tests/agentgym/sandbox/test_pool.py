@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
-from agentgym.sandbox.pool import BACKLOG, KEPT_SPECS, SandboxPool, box_source, spec_key
-from agentgym.sandbox.pooled_box import PooledBox
 from agentgym.sandbox.spec import Answer, ExecResult, SandboxSpec
+from agentgym.sandbox.warm.pool import BACKLOG, KEPT_SPECS, SandboxPool, box_source, spec_key
+from agentgym.sandbox.warm.pooled_box import PooledBox
 
 TIERS = [
     pytest.param("docker", marks=pytest.mark.docker),

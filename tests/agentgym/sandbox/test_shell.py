@@ -124,6 +124,14 @@ def test_forged_answers_are_nonsense_or_ones_own_exit_code(shell: ShellSession) 
     assert shell.run("echo alive").text == "alive\n"
 
 
+def test_an_answer_to_another_question_is_none(shell: ShellSession) -> None:
+    forged = '{"id": 99, "exit_code": 0, "ended": false}'
+    result = shell.run(f"printf '\\0\\0\\0\\{len(forged):03o}{forged}' > /proc/$PPID/fd/4; sleep 1", timeout_s=5)
+    assert (result.exit_code, result.state_lost) == (None, True)
+    assert "out of turn" in result.note
+    assert shell.run("echo alive").text == "alive\n"
+
+
 def test_output_is_cut_and_counted(shell: ShellSession) -> None:
     result = shell.run("printf BEGIN; head -c 1000000 /dev/zero | tr '\\0' x; printf END")
     assert result.output.startswith(b"BEGINx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import threading
@@ -11,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
+from agentgym.errors import ArchiveError, SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
 from agentgym.sandbox import PythonInterpreter, SandboxSpec, open_sandbox, worker_client
 from agentgym.sandbox.box import WorkerSandbox
-from agentgym.sandbox.lease import owner
-from agentgym.sandbox.namespace import NamespaceSandbox
+from agentgym.sandbox.inside.worker_frames import HOST, sealed, tag_of
+from agentgym.sandbox.inside.worker_line import as_json
+from agentgym.sandbox.namespace.tier import NamespaceSandbox
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.worker_client import worker_program
-from agentgym.sandbox.worker_frames import HOST, sealed, tag_of
-from agentgym.sandbox.worker_line import as_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -76,6 +77,20 @@ class FromSources(NamespaceSandbox):
 
     def _boot(self, rlimits, *, compiled_for=None, modules=None):
         return super()._boot(rlimits, modules=modules)
+
+
+class Misplaced(NamespaceSandbox):
+    """A box that was started as somebody else than its spec says."""
+
+    def _boot(self, rlimits, *, compiled_for=None, modules=None):
+        self.spec = dataclasses.replace(self.spec, uid=4)
+        return super()._boot(rlimits, compiled_for=compiled_for, modules=modules)
+
+
+@pytest.mark.bubblewrap
+def test_a_box_of_another_user_is_no_box() -> None:
+    with pytest.raises(SandboxError, match="is not isolated: its worker is pid 1 of uid 10001, not pid 1 of uid 4"):
+        Misplaced(SandboxSpec())
 
 
 @pytest.mark.bubblewrap
@@ -178,6 +193,30 @@ def test_renewing_a_box_that_is_gone_says_nothing() -> None:
         box.exec("true")
 
 
+VFORKED = """
+import os
+os.mkfifo("gate")
+opening = [(os.POSIX_SPAWN_OPEN, 0, "gate", os.O_RDONLY, 0)]  # the child waits here, before its exec
+os.posix_spawn("/bin/sleep", ["sleep", "60"], {}, file_actions=opening)
+open("passed", "w").close()
+"""
+
+
+@pytest.mark.bubblewrap
+def test_who_waits_for_the_exec_of_a_stopped_child_stands_still() -> None:
+    with open_worker() as box:
+        box.write_file("vforked.py", VFORKED.encode())
+        box.exec("python3 vforked.py >/dev/null 2>&1 &")
+        time.sleep(0.3)
+        assert b"D" in box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout, "it waits where no signal reaches it"
+        started = time.monotonic()
+        box.freeze()
+        assert time.monotonic() - started < 5
+        box.thaw()
+        box.exec("echo > gate; sleep 0.3")
+        assert box.read_file("passed") == b""
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -207,6 +246,15 @@ def test_errors_name_the_box_and_the_cause() -> None:
         box.exec("rm -f f; python3 -c \"open(b'\\xff', 'w')\"; mkdir holder; chmod 0 holder")
         with pytest.raises(SandboxError, match="Permission denied: /work/holder"):
             box.export(["holder"])
+        assert box.exec("echo alive").stdout == b"alive\n"
+
+
+@pytest.mark.bubblewrap
+def test_folders_that_are_too_deep_for_the_worker_are_refused() -> None:
+    with open_worker() as box:
+        box.exec("i=0; while [ $i -lt 120 ]; do mkdir d && cd d; i=$((i + 1)); done")
+        with pytest.raises(ArchiveError, match="more than 100 folders deep"):
+            box.fork()
         assert box.exec("echo alive").stdout == b"alive\n"
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError
 from agentgym.sandbox import worker_client
+from agentgym.sandbox.inside.worker_frames import BOX, HOST, TAG, sealed
 from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.worker_client import WorkerClient, whole
-from agentgym.sandbox.worker_frames import BOX, HOST, TAG, sealed
 
 
 class Liar:
@@ -108,6 +108,12 @@ def test_a_lie_is_a_dead_box(liars: list[Liar], monkeypatch: pytest.MonkeyPatch,
     assert time.monotonic() - started < 3
     with pytest.raises(SandboxDiedError, match="is gone"):
         client.request("ping", {})
+
+
+def test_parts_of_nothing_are_not_waited_for(liars: list[Liar]) -> None:
+    client = ask(liars, b"".join(frame({"id": 1, "part": True}, number=number) for number in range(50)))
+    with pytest.raises(SandboxDiedError, match="a part of nothing"):
+        client.request("read", {}, max_body=10)
 
 
 def test_a_worker_that_does_not_read_cannot_hold_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,8 @@ def running(
         stopped.add_done_callback(lambda _: service.collector.end_waiting())
         loop = asyncio.get_running_loop()
         try:
-            await serve_http(app, listener, lambda: ready.set_result((service, app, loop, stop)), stopped, 0.5)
+            begun = (service, app, loop, stop)
+            await serve_http(app, listener, lambda: ready.set_result(begun), stopped, 0.5, asyncio.Event())
         finally:
             await service.close()
 

@@ -3,10 +3,10 @@ end."""
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,9 +19,9 @@ from agentgym.config import parse_config
 from agentgym.errors import UnavailableError
 from agentgym.messages import Message
 from agentgym.sandbox import SandboxSpec
-from agentgym.sandbox.lease import owner
-from agentgym.sandbox.pool import BoxSource, SandboxPool, box_source
+from agentgym.sandbox.ownership.lease import owner
 from agentgym.sandbox.spec import Sandbox, Tier
+from agentgym.sandbox.warm.pool import BoxSource, SandboxPool, box_source
 from agentgym.server.service import RolloutService
 from agentgym.server.settings import ServiceConfig
 from agentgym_envs.maze import Maze
@@ -82,11 +82,9 @@ def test_episodes_and_evaluations_share_a_pool_that_ends_with_the_service(start:
     assert 0 <= batch.metrics["sandbox_hit_rate"] <= 1
     assert batch.metrics["sandbox_failed_starts"] == 0
     assert batch.metrics["sandbox_start_p50_s"] > 0
-    server.client.shutdown()
-    until = time.monotonic() + 20
-    while boxes_of_this_process() > before or pool.metrics().in_use:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    asyncio.run_coroutine_threadsafe(server.service.close(), server.loop).result(30)
+    assert boxes_of_this_process() == before
+    assert (pool.metrics().warm, pool.metrics().in_use) == (0, 0)
 
 
 def test_an_environment_without_code_gets_no_pool(start: Callable[..., Any]):
@@ -98,8 +96,6 @@ def test_an_environment_without_code_gets_no_pool(start: Callable[..., Any]):
 
 
 def test_the_tier_and_the_host_are_those_of_the_settings(tmp_path: Path, maze_folder: Path, name: str):
-    import asyncio
-
     config = config_of(name, tier="docker", docker_host="unix:///nowhere/docker.sock")
     with pytest.raises(UnavailableError, match=r"/nowhere/docker\.sock"):
         asyncio.run(RolloutService.start(config, maze_folder, tmp_path, tmp_path))

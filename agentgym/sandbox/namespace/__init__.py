@@ -1,0 +1,1 @@
+"""The tier without a daemon: bubblewrap, with cgroups, a filter of system calls and Landlock behind it."""

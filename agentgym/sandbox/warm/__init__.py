@@ -1,0 +1,1 @@
+"""Boxes that are ready before somebody asks."""

@@ -1,0 +1,65 @@
+"""Start, one call, close, a thousand times in each tier, and what of it is left on the machine; beside the pace of a
+plain container (`docker run`, `docker exec`, `docker rm -f`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from agentgym.sandbox import SandboxSpec, open_sandbox
+from benchmarks.leftovers import count, difference
+from benchmarks.plain_docker import available_tiers, plain_client, start_plain
+
+_AT_ONCE = 2
+_SETTLE_S = 10.0
+
+
+def run(quick: bool) -> dict[str, object]:
+    """AGENTGYM_CYCLES=200 makes it shorter."""
+    cycles = 4 if quick else int(os.environ.get("AGENTGYM_CYCLES", "1000"))
+    pace: dict[str, float] = {}
+    leaks: dict[str, dict[str, int]] = {}
+    mark = f"agentgym-{os.getpid()}-"
+    with plain_client() as client:
+        for tier in available_tiers():
+            _pace(tier, lambda tier=tier: _cycle(tier), 2 if quick else 40)  # what is kept for a process is no leak
+            before = count(client, mark)
+            pace[tier] = _pace(tier, lambda tier=tier: _cycle(tier), cycles)
+            leaks[tier] = _settled(before, lambda: count(client, mark))
+        pace["plain_docker"] = _pace(
+            "plain", lambda: start_plain(client).remove(force=True, v=True), max(2, cycles // 20)
+        )
+    totals = {name: sum(tier[name] for tier in leaks.values()) for name in next(iter(leaks.values()))}
+    return {
+        "cycles": cycles,
+        "tiers": list(leaks),
+        **totals,
+        **{f"{tier}_cycles_per_s": round(value, 2) for tier, value in pace.items()},
+    }
+
+
+def _cycle(tier: str) -> None:
+    with open_sandbox(tier, SandboxSpec()) as box:
+        box.exec(["true"])
+
+
+def _pace(name: str, cycle: Callable[[], object], cycles: int) -> float:
+    started = time.monotonic()
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        for done, _ in enumerate(threads.map(lambda _: cycle(), range(cycles)), 1):
+            if done % 100 == 0:
+                print(f"{name}: {done} of {cycles} cycles", file=sys.stderr)
+    return cycles / (time.monotonic() - started)
+
+
+def _settled(before: dict[str, int], measure: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """The difference once nothing more ends by itself: a shim outlives its container by a moment."""
+    until = time.monotonic() + _SETTLE_S
+    while True:
+        left = difference(before, measure())
+        if time.monotonic() > until or not any(left.values()):
+            return left
+        time.sleep(0.2)
