@@ -1,26 +1,50 @@
 """The version log: which policy versions exist, and their published weights for as long as a token refers to them.
 
 Laws: only the log issues policy versions; a version is durable before anyone can hear of it; a number is never used
-twice, not even after a crash; a version that somebody holds is never dropped. Must never know torch or an optimizer.
+twice, not even after a crash; a version that somebody holds is never dropped, and what no held version needs is not
+kept. Must never know torch or an optimizer.
 
-One file per version serves three readers: the engine loads it (publication), the snapshot anchor scores with it (old
-logprobs), and a restarted run finds it again.
+    00000007.safetensors      a full copy: the newest version, the one before it (an engine may still load it), and
+                              one whose successor changed so much that a delta would be no bargain
+    00000005-00000006.delta   what turns version 6 into 5, or 5 into 6: all that is kept of an older version
+    issued                    the last number given out
+
+An older version is reached from the next full copy, back along the deltas. Deltas point backwards so that the newest
+weights never wait for a chain, and the oldest version leaves by the removal of one file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
+from agentgym.deltas import MAX_CHANGED, Delta, changed_fraction, decode, difference, encode, flip, same_model
 from agentgym.errors import CheckpointError, VersionError
+from agentgym.weight_file import BFLOAT16, is_whole, load_file, map_file, save_file
+
+__all__ = ["BFLOAT16", "Delta", "Recorded", "VersionLog", "VersionReader"]
 
 # The file of the last number given out. It is written before the weights: a crash can burn a number, never reuse it.
 _ISSUED = "issued"
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What one publication cost.
+
+    Example: a step at a learning rate of 5e-6, bf16 published: `Recorded(7, 0.0068, 1_900_000, 270_000_000, 0.9)`.
+    """
+
+    version: int
+    changed_fraction: float  # of the elements, against the version before; 1.0 where there is none
+    delta_bytes: int  # 0: the version before stays a full copy
+    full_bytes: int  # what the engine loads
+    seconds: float
 
 
 class VersionReader:
@@ -34,33 +58,83 @@ class VersionReader:
         self.folder = folder
 
     def __contains__(self, version: int) -> bool:
-        return self._file(version).exists()
-
-    def read(self, version: int) -> dict[str, np.ndarray]:
-        """The published weights of `version`. Raises VersionError if it was dropped, CheckpointError if unreadable."""
-        path = self.path(version)
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"policy version {version} cannot be read from {path}: {error}") from error
-
-    def path(self, version: int) -> Path:
-        """The file of `version`. Raises VersionError if the log does not hold it."""
-        if version not in self:
-            raise VersionError(f"policy version {version} is not in the log {self.folder} (it holds {self.versions})")
-        return self._file(version)
+        return self._nearest_full(version) is not None
 
     @property
     def versions(self) -> tuple[int, ...]:
         """The versions that can be read, ascending."""
-        return tuple(sorted(int(path.stem) for path in self.folder.glob("*.safetensors")))
+        return tuple(sorted(self._readable()))
 
-    def _file(self, version: int) -> Path:
+    def path(self, version: int) -> Path:
+        """The full copy of `version`, for an engine. Raises VersionError if there is none."""
+        self._require(version)
+        if not self._full(version).exists():
+            raise VersionError(f"policy version {version} is kept as a delta only; engines load the newest versions")
+        return self._full(version)
+
+    def read(self, version: int) -> dict[str, np.ndarray]:
+        """The published weights of `version`, in memory of their own. Raises VersionError if it was dropped or its
+        file is corrupt, CheckpointError if the disk refuses."""
+        self._require(version)
+        start = self._nearest_full(version)
+        assert start is not None, "what is in the log is reached from a full copy"
+        try:
+            weights = load_file(self._full(start))
+            for step in self.steps(start, version) or ():
+                flip(weights, step)
+        except OSError as error:
+            raise CheckpointError(f"policy version {version} cannot be read from {self.folder}: {error}") from error
+        return weights
+
+    def steps(self, start: int, stop: int) -> Iterator[Delta] | None:
+        """The deltas that turn the weights of `start` into those of `stop` one after the other, in either direction;
+        None where no deltas connect them. Raises VersionError, while iterating, for a corrupt file."""
+        older, newer = sorted((start, stop))
+        links = self._links()
+        files, at = [], older
+        while at != newer:
+            if at not in links or links[at] > newer:
+                return None
+            files.append(self._delta(at, links[at]))
+            at = links[at]
+        return map(_read_delta, files if start == older else files[::-1])
+
+    def _require(self, version: int) -> None:
+        if version not in self:
+            raise VersionError(f"policy version {version} is not in the log {self.folder} (it holds {self.versions})")
+
+    def _nearest_full(self, version: int) -> int | None:
+        """The first full copy from `version` on along the deltas; None if there is none."""
+        links = self._links()
+        while not self._full(version).exists():
+            if version not in links:
+                return None
+            version = links[version]
+        return version
+
+    def _links(self) -> dict[int, int]:
+        """Version -> the next one, where there is a delta between them."""
+        names = (path.stem.split("-") for path in self.folder.glob("*.delta"))
+        return {int(version): int(following) for version, following in names}
+
+    def _readable(self) -> set[int]:
+        return {version for version in self._stored() if self._nearest_full(version) is not None}
+
+    def _stored(self) -> set[int]:
+        return {int(path.stem.partition("-")[0]) for path in self._files()}
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.suffix in (".safetensors", ".delta")]
+
+    def _full(self, version: int) -> Path:
         return self.folder / f"{version:08d}.safetensors"
+
+    def _delta(self, version: int, following: int) -> Path:
+        return self.folder / f"{version:08d}-{following:08d}.delta"
 
 
 class VersionLog(VersionReader):
-    """Full copies of published weights, one safetensors file a version, dropped when nobody holds them.
+    """Issues versions, records their weights and drops what nobody holds. One process keeps it.
 
     >>> log = VersionLog(Path("versions"))
     >>> log.append({"w": np.zeros(2, np.float32)})
@@ -73,16 +147,17 @@ class VersionLog(VersionReader):
         issued there. Raises CheckpointError if the folder is unusable."""
         super().__init__(folder)
         self._holders: dict[str, frozenset[int]] = {}
+        self.last: Recorded | None = None  # the newest publication of this process
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob("*.partial"):
-                unfinished.unlink()
-            self._versions = {int(path.stem) for path in folder.glob("*.safetensors")}
+            written = max(self._stored(), default=-1)
+            self._leave_out_torn()
+            self._versions = self._readable()
             issued = folder / _ISSUED
-            written = int(issued.read_text()) if issued.exists() else -1
+            written = max(written, int(issued.read_text()) if issued.exists() else -1)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the version log {folder} cannot be opened: {error}") from error
-        self._issued = max([first - 1, written, *self._versions])
+        self._issued = max(first - 1, written)
 
     @property
     def latest(self) -> int | None:
@@ -96,7 +171,11 @@ class VersionLog(VersionReader):
 
     @property
     def stored_bytes(self) -> int:
-        return sum(self.path(version).stat().st_size for version in self._versions)
+        return sum(path.stat().st_size for path in self._files())
+
+    @property
+    def num_full_copies(self) -> int:
+        return sum(path.suffix == ".safetensors" for path in self._files())
 
     def __contains__(self, version: int) -> bool:
         return version in self._versions
@@ -107,21 +186,25 @@ class VersionLog(VersionReader):
 
         Raises CheckpointError (disk full, no permission); then no version was added.
         """
-        version = self._issued + 1
-        target = self._file(version)
+        began = time.monotonic()
+        version, before = self._issued + 1, self.latest
+        target = self._full(version)
         partial = target.with_suffix(".partial")
         try:
             _write_durably(self.folder / _ISSUED, str(version).encode())
             self._issued = version
-            save_file(dict(weights), partial)
-            _sync(partial)
+            save_file(weights, partial)
             partial.rename(target)
             _sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            changed, delta_bytes = (1.0, 0) if before is None else self._link(before, version, weights)
+        except OSError as error:
+            for left in (target, *self.folder.glob("*.partial")):
+                left.unlink(missing_ok=True)
             raise CheckpointError(f"policy version {version} cannot be written to {self.folder}: {error}") from error
         self._versions.add(version)
         self._drop_unheld()
+        full_bytes = target.stat().st_size
+        self.last = Recorded(version, changed, delta_bytes, full_bytes, time.monotonic() - began)
         return version
 
     def hold(self, holder: str, versions: Iterable[int]) -> None:
@@ -136,20 +219,78 @@ class VersionLog(VersionReader):
         self._holders[holder] = wanted
         self._drop_unheld()
 
+    def _link(self, before: int, version: int, weights: Mapping[str, np.ndarray]) -> tuple[float, int]:
+        """Writes the delta between `before` and `version` where it is a bargain; the changed fraction and its size."""
+        try:
+            base = map_file(self._full(before))
+        except VersionError:  # whoever reads `before` is told; the new version stands on its own
+            return 1.0, 0
+        if not same_model(base, weights):  # a run in the folder of another model
+            return 1.0, 0
+        changed = changed_fraction(base, weights)
+        if changed > MAX_CHANGED:
+            return changed, 0
+        data = encode(difference(base, weights))
+        _write_durably(self._delta(before, version), data)
+        return changed, len(data)
+
     def _drop_unheld(self) -> None:
-        held = frozenset[int]().union(*self._holders.values())
-        for version in self._versions - held - {self.latest}:
-            self._file(version).unlink(missing_ok=True)
-            self._versions.discard(version)
+        """Removes every file that no live version is reached through."""
+        live = {*frozenset[int]().union(*self._holders.values()), *self._versions & {self.latest}}
+        self._versions &= live
+        links = self._links()
+        newest = sorted(self._stored())[-2:]
+        needed: set[Path] = set()
+        for version in live:
+            if version in newest:
+                needed.add(self._full(version))
+            at = version
+            while at in links:
+                needed.add(self._delta(at, links[at]))
+                at = links[at]
+            needed.add(self._full(at))
+        for path in set(self._files()) - needed:
+            path.unlink(missing_ok=True)
+
+    def _leave_out_torn(self) -> None:
+        """Removes what a crash left unfinished: it was never published, for it was not durable."""
+        for unfinished in self.folder.glob("*.partial"):
+            unfinished.unlink()
+        newest = max(self._stored(), default=None)
+        if newest is not None and self._full(newest).exists() and not is_whole(self._full(newest)):
+            self._full(newest).unlink()
+            for path in self.folder.glob(f"*-{newest:08d}.delta"):
+                path.unlink()
+        for version, following in self._links().items():
+            if self._full(version).exists() and not _is_whole_delta(self._delta(version, following)):
+                self._delta(version, following).unlink()
+
+
+def _read_delta(path: Path) -> Delta:
+    try:
+        return decode(path.read_bytes())
+    except VersionError as error:
+        raise VersionError(f"{path} is corrupt: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _is_whole_delta(path: Path) -> bool:
+    try:
+        _read_delta(path)
+    except VersionError:
+        return False
+    return True
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -60,6 +60,11 @@ BENCHMARKS = {
             "ratio_bound >= 0.9, ratio_padded >= 2",
         ),
         Benchmark(
+            "version_log",
+            "What a policy version costs as a delta of bf16 bits, and a switch between two of them in place.",
+            "chain8_fraction <= 0.2 at lr <= 5e-6",
+        ),
+        Benchmark(
             "sandbox_call",
             "One tool call through the worker of a box, beside `docker exec`.",
             "worker_p50_ms <= 3, worker_p99_ms <= 15, ratio >= 20",

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,16 +110,6 @@ def test_the_cuts_are_the_cheapest(lengths: list[int], max_tokens: int) -> None:
 def test_no_rows_no_micro_batches() -> None:
     assert build_micro_batches([], max_tokens=10) == []
     assert plan_cuts([], 10) == [0]
-
-
-def test_select_takes_rows_and_columns() -> None:
-    batch = build_micro_batches(plain_rows([5, 4, 3]), max_tokens=100)[0]
-    mask = batch.loss_mask & (batch.policy_versions == 1)
-    part = batch.select(torch.tensor([1]), 2, loss_mask=mask)
-    assert part.row_ids.tolist() == [1]
-    assert part.token_ids.tolist() == [[1, 1]]
-    assert part.lengths.tolist() == [2]
-    assert part.loss_mask.tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize(("rank", "world_size", "max_tokens"), [(2, 2, 10), (-1, 1, 10), (0, 1, 0)])

@@ -47,6 +47,21 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def test_weights_published_as_bfloat16_are_what_both_sides_compute_with(tmp_path):
+    run(
+        QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=4", "trainer.publish_dtype=bfloat16",
+        "trainer.learning_rate=1e-5", "trainer.anchor=snapshot", *SMALL,
+    )  # fmt: skip
+    rows = metrics_of(tmp_path / "quickstart")
+    assert [row["policy_version"] for row in rows] == [2, 3, 4, 5]  # version 1 is the first that was rounded
+    assert max(row["trajectory/lag_max"] for row in rows) >= 1
+    # a trainer that computed with its masters, or an engine that did, would differ in the third decimal
+    assert all(row["discrepancy/max_abs_log_ratio"] < 1e-4 for row in rows)
+    assert all(0 < row["versions/changed_fraction"] < 0.3 for row in rows)
+    assert all(0 < row["versions/delta_mb"] < row["versions/full_mb"] / 2 for row in rows)
+    assert rows[-1]["versions/full_copies"] <= 2
+
+
 def test_a_run_trains_on_several_versions_and_leaves_a_folder(tmp_path):
     run(QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=6", "trainer.checkpoint_every=3", *SMALL)
     folder = tmp_path / "quickstart"

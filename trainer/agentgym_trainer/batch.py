@@ -83,16 +83,6 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         return MicroBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def select(self, rows: Tensor, num_tokens: int, *, loss_mask: Tensor) -> MicroBatch:
-        """The given rows [b] (indices), cut to their first `num_tokens` tokens, with loss on `loss_mask` [B, T]."""
-        cut = {
-            field.name: getattr(self, field.name)[rows] if field.name in ("lengths", "row_ids")
-            else getattr(self, field.name)[rows, :num_tokens]
-            for field in fields(self)
-        }  # fmt: skip
-        cut |= {"lengths": cut["lengths"].clamp(max=num_tokens), "loss_mask": loss_mask[rows, :num_tokens]}
-        return MicroBatch(**cut)
-
 
 def collect_rows(
     trajectories: Sequence[ScoredSequences], advantages: Advantages, *, max_seq_len: int | None = None

@@ -95,7 +95,8 @@ class Leader:
                 _hold_known(versions, "service", status.live_versions)  # what an earlier run left in its buffer
             else:
                 console.print(f"starting the rollout service for {config.env.id} (log: {folder.path}/service.log)")
-                versions = VersionLog(folder.versions_path)
+                # What the engine starts with was not rounded: it is version 0 only where nothing is.
+                versions = VersionLog(folder.versions_path, first=0 if _is_published_whole(config) else 1)
                 service = start_service(config.service(), model_folder, folder.path, folder.versions_path)
                 client = stack.enter_context(service)
             if config.rollout.source == "sessions":
@@ -107,7 +108,7 @@ class Leader:
         """Brings the engine to `weights`, measures them, and starts collecting."""
         self._started = started
         self._folder.forget_metrics_from(progress.step + 1)
-        fresh = self._versions.latest is None and not self._config.run.service_url
+        fresh = self._versions.latest is None and not self._config.run.service_url and _is_published_whole(self._config)
         version = self._versions.append(weights)
         if fresh:  # version 0 is what the engine was started with
             self._served = version
@@ -149,8 +150,7 @@ class Leader:
             "time/publish_s": time.monotonic() - began,
             "time/pause_s": pause_s,
             "policy_version": float(self._served),
-            "versions/stored": float(len(self._versions.versions)),
-            "versions/stored_mb": self._versions.stored_bytes / 2**20,
+            **_log_figures(self._versions),
         }
         every = self._config.evaluation.every
         if every and done % every == 0 and done < self._config.trainer.steps:
@@ -220,10 +220,30 @@ class Leader:
         self._last_wait = wait
 
 
+def _log_figures(versions: VersionLog) -> dict[str, float]:
+    """What the log holds and what the last publication cost. A delta of no bytes: too much changed, or fp32 was
+    published, and full copies are kept."""
+    last = versions.last
+    assert last is not None, "a publication came first"
+    return {
+        "versions/stored": float(len(versions.versions)),
+        "versions/stored_mb": versions.stored_bytes / 2**20,
+        "versions/full_copies": float(versions.num_full_copies),
+        "versions/changed_fraction": last.changed_fraction,
+        "versions/delta_mb": last.delta_bytes / 2**20,
+        "versions/full_mb": last.full_bytes / 2**20,
+        "versions/record_s": last.seconds,
+    }
+
+
 def _hold_known(versions: VersionLog, holder: str, referred: Iterable[int]) -> None:
     """Holds what the log has. A version it never had (a service that served before this log began) is not an error
     here: the anchor that is asked for its logprobs raises, or counts a fallback."""
     versions.hold(holder, [version for version in referred if version in versions])
+
+
+def _is_published_whole(config: TrainConfig) -> bool:
+    return config.trainer.publish_dtype == "float32"
 
 
 def _read_key(path: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,6 +29,7 @@ from agentgym_trainer.correction import Correction
 from agentgym_trainer.logprobs import token_logprobs, unwrap
 from agentgym_trainer.loss import decoupled_loss
 from agentgym_trainer.metrics import StepMetrics, trajectory_metrics
+from agentgym_trainer.publish import as_published, published_weights
 from agentgym_trainer.settings import LossSection, TrainConfig
 
 
@@ -74,16 +76,21 @@ class Learner:
             num_training_steps=trainer.steps * trainer.updates_per_batch,
         )  # fmt: skip
         accelerator.register_for_checkpointing(self._schedule)
-        self.anchor = make_anchor(
-            trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
-            max_staleness=config.rollout.max_staleness,
-        )  # fmt: skip
+        with self._as_published():  # an average begins with what engines serve
+            self.anchor = make_anchor(
+                trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
+                max_staleness=config.rollout.max_staleness,
+            )  # fmt: skip
         self._correction = correction_of(config.loss)
 
     @property
     def module(self) -> PreTrainedModel:
         """The model without wrappers."""
         return cast(PreTrainedModel, unwrap(self._model))
+
+    def published(self) -> dict[str, np.ndarray]:
+        """The present weights as engines are given them."""
+        return published_weights(self.module, self._config.trainer.publish_dtype)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside model, optimizer and schedule."""
@@ -106,15 +113,19 @@ class Learner:
             raise TrainingError(f"none of the batch's {len(trajectories)} trajectories has a token to learn from")
         batches = [self.micro_batches_of(rows) for rows in updates]
         flat = [batch for part in batches for batch in part]
-        proximal = self.anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
+        with self._as_published():
+            proximal = self.anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
         scored_s = time.perf_counter() - began
         norms = []
         for rows, part in zip(updates, batches):
-            metrics.merge(self.accumulate(rows, part, proximal[: len(part)], trainer_version))
+            with self._as_published():
+                metrics.merge(self.accumulate(rows, part, proximal[: len(part)], trainer_version))
             proximal = proximal[len(part) :]
             norms.append(self._step())
         metrics = self.over_ranks(metrics)
-        self.anchor.published(trainer_version + 1, active_fraction=metrics.active_fraction, mean_lag=metrics.mean_lag)
+        active_fraction, mean_lag = metrics.active_fraction, metrics.mean_lag
+        with self._as_published():
+            self.anchor.published(trainer_version + 1, active_fraction=active_fraction, mean_lag=mean_lag)
         whole = updates[0] if len(updates) == 1 else self.rows_of(trajectories)
         figures = metrics.finalise()
         return {
@@ -164,6 +175,10 @@ class Learner:
                 self._accelerator.backward(loss)
             metrics.add(terms, batch, trainer_version=trainer_version)
         return metrics
+
+    def _as_published(self) -> contextlib.AbstractContextManager[None]:
+        """Forwards see the weights as engines and the version log do; the optimizer steps the masters."""
+        return as_published(self.module, self._config.trainer.publish_dtype)
 
     def _step(self) -> float:
         """Clips and applies the gradient; returns its norm before clipping."""

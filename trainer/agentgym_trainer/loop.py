@@ -22,7 +22,7 @@ from agentgym_trainer.exchange import BatchExchange
 from agentgym_trainer.leader import Leader
 from agentgym_trainer.learner import Learner, load_model, make_accelerator
 from agentgym_trainer.preflight import check
-from agentgym_trainer.publish import published_weights, save_model
+from agentgym_trainer.publish import save_model
 from agentgym_trainer.run_folder import RunFolder
 from agentgym_trainer.settings import TrainConfig
 
@@ -62,12 +62,12 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
         if config.trainer.trackers:
             accelerator.init_trackers("agentgym", config={"run": config.run.name, "env": config.env.id})
         if leader:
-            leader.begin(published_weights(learner.module), progress, started - progress.seconds)
+            leader.begin(learner.published(), progress, started - progress.seconds)
         for number in range(progress.step, config.trainer.steps):
             step = exchange.share(f"step/{number}", leader.next_step(number + 1) if leader else None)
             metrics = learner.learn(step.trajectories, step.trainer_version)
             if leader:
-                figures = leader.publish(number + 1, step, published_weights(learner.module), metrics)
+                figures = leader.publish(number + 1, step, learner.published(), metrics)
                 accelerator.log(dict(figures), step=number + 1)
             if _is_due(number + 1, config):
                 seconds = time.monotonic() - started + progress.seconds

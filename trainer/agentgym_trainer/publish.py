@@ -5,7 +5,9 @@ Names are the model's own, so that an engine which loads the same architecture f
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +15,49 @@ import torch
 from transformers import PreTrainedModel
 
 from agentgym.errors import CheckpointError
+from agentgym.versions import BFLOAT16
 
 
-def published_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The model's parameters and persistent buffers as float32 host arrays, tied tensors once; copies, not views."""
+def published_weights(model: torch.nn.Module, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """The model's parameters and persistent buffers as host arrays, tied tensors once; copies, not views. Those of
+    floating point are in `dtype`, rounded to nearest."""
     weights: dict[str, np.ndarray] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            weights[name] = tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+            kept = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
+            weights[name] = _as_array(tensor.detach().to("cpu", kept, copy=True))
     return weights
+
+
+@contextlib.contextmanager
+def as_published(model: torch.nn.Module, dtype: str) -> Iterator[None]:
+    """The model computes with the values that `published_weights` gives, held as they are trained; afterwards it has
+    its own back. Without this the policy logprobs of the newest version would not be its old logprobs, and r_s not 1
+    at lag 0."""
+    if dtype == "float32":  # nothing is rounded
+        yield
+        return
+    rounding = getattr(torch, dtype)
+    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied tensors once
+    masters = [tensor.detach() for tensor in state.values() if tensor.is_floating_point() and tensor.dtype != rounding]
+    kept = [tensor.clone() for tensor in masters]
+    with torch.no_grad():
+        for tensor in masters:
+            tensor.copy_(tensor.to(rounding))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(masters, kept):
+                tensor.copy_(value)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:  # numpy has none
+        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
 
 
 def save_model(model: PreTrainedModel, source: Path, target: Path) -> None:

@@ -62,6 +62,7 @@ class TrainerSection(Section):
     max_sequence_tokens: int | None = None  # longer rows are left out and counted; default: the engine's max_context
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    publish_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 where the engine serves it: small deltas
     threads: int = Field(default=1, ge=1)  # compute threads per trainer process on a CPU
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -15,12 +15,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from agentgym.errors import TrainingError, UnknownNameError, VersionError
-from agentgym.versions import VersionLog
+from agentgym.versions import VersionLog, VersionReader
 from agentgym_trainer.anchors import ANCHORS, make_anchor, snapshot
 from agentgym_trainer.anchors.protocol import Anchor
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch, Row, build_micro_batches
 from agentgym_trainer.logprobs import token_logprobs
+from agentgym_trainer.publish import as_published, published_weights
 
 MakeModel = Callable[..., LlamaForCausalLM]
 MakeRows = Callable[..., list[Row]]
@@ -81,7 +82,8 @@ def test_each_token_is_scored_by_its_own_version(
 ) -> None:
     anchor, source = anchor_of("snapshot", models, {0, 1, 2, 3})
     check_exact(anchor, models, build_micro_batches(make_rows(LENGTHS), max_tokens=max_tokens), reuse)
-    assert source.reads == [1, 2, 3]  # one load a version; the trainer's own is not loaded, one without tokens neither
+    # newest first, one load a version; the trainer's own is not loaded, one without tokens neither
+    assert source.reads == [3, 2, 1]
 
 
 def test_reused_tokens_are_left_to_the_policy_forward(models: dict[int, LlamaForCausalLM], make_rows: MakeRows) -> None:
@@ -170,6 +172,103 @@ def test_tied_weights_from_a_real_version_log(make_model: MakeModel, make_rows: 
         log.append(numpy_weights(model))
     anchor = make_anchor("snapshot", models[NEWEST], log, temperature=0.8, max_staleness=4)
     check_exact(anchor, models, build_micro_batches(make_rows(LENGTHS), max_tokens=64), True)
+
+
+# ------------------------------------------------------------------------------------- one copy that is switched
+
+
+class Watched(VersionReader):
+    """A log that notes which versions were read whole."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.reads: list[int] = []
+
+    def read(self, version: int) -> dict[str, np.ndarray]:
+        self.reads.append(version)
+        return super().read(version)
+
+
+def small_steps(model: LlamaForCausalLM, folder: Path, dtype: str) -> dict[int, LlamaForCausalLM]:
+    """Versions 0 to NEWEST in a log, each a few weights away from the one before; and what they compute with."""
+    log = VersionLog(folder)
+    generator = torch.Generator().manual_seed(0)
+    models = {}
+    for version in range(NEWEST + 1):
+        with torch.no_grad():
+            for parameter in model.parameters() if version else ():
+                parameter += 0.3 * (torch.rand(parameter.shape, generator=generator) < 0.05)
+        log.hold("test", log.versions)
+        log.append(published_weights(model, dtype))
+        with as_published(model, dtype):
+            models[version] = copy.deepcopy(model)
+    return models
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_versions_are_switched_in_place_to_the_very_bits(
+    make_model: MakeModel, make_rows: MakeRows, tmp_path: Path, dtype: str, tied: bool
+) -> None:
+    models = small_steps(make_model(0, tied=tied), tmp_path, dtype)
+    source = Watched(tmp_path)
+    anchor = make_anchor("snapshot", models[NEWEST], source, temperature=0.8, max_staleness=4)
+    for max_tokens in (20, 1000):
+        check_exact(anchor, models, build_micro_batches(make_rows(LENGTHS), max_tokens=max_tokens), True)
+    assert source.reads == [3]  # one full copy, then along the deltas: 2, 1, and forth again
+    scoring = snapshot.ScoringModel(models[NEWEST], 1.0)
+    for version in (4, 0, 3, 1, 2):
+        scoring.bring(source, version)
+        assert scoring._scratch is not None
+        for name, parameter in scoring._scratch.named_parameters():
+            assert torch.equal(parameter.view(torch.int32), models[version].get_parameter(name).view(torch.int32))
+    assert source.reads == [3, 4]
+
+
+def test_a_version_that_was_dropped_under_the_copy_is_followed_by_a_full_one(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    models = small_steps(make_model(0), tmp_path, "bfloat16")
+    source = Watched(tmp_path)
+    scoring = snapshot.ScoringModel(models[NEWEST], 1.0)
+    scoring.bring(source, 1)
+    VersionLog(tmp_path).hold("test", [3])
+    scoring.bring(source, 3)
+    assert source.reads == [1, 3]
+    assert scoring._scratch is not None
+    assert torch.equal(scoring._scratch.lm_head.weight, models[3].lm_head.weight)
+
+
+def test_an_error_on_the_way_leaves_no_version_behind(make_model: MakeModel, tmp_path: Path) -> None:
+    models = small_steps(make_model(0), tmp_path, "bfloat16")
+    source = Watched(tmp_path)
+    scoring = snapshot.ScoringModel(models[NEWEST], 1.0)
+    scoring.bring(source, 3)
+    corrupt = tmp_path / "00000001-00000002.delta"
+    corrupt.write_bytes(corrupt.read_bytes()[:-1])
+    with pytest.raises(VersionError, match=r"00000001-00000002\.delta is corrupt"):
+        scoring.bring(source, 1)
+    scoring.bring(source, 2)
+    assert source.reads == [3, 2]
+    assert scoring._scratch is not None
+    assert torch.equal(scoring._scratch.lm_head.weight, models[2].lm_head.weight)
+
+
+def test_mutant_that_leaves_the_copy_where_it_was_is_refused(
+    make_model: MakeModel, make_rows: MakeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot.ScoringModel, "_switch", lambda self, delta: None)
+    with pytest.raises(AssertionError):
+        test_versions_are_switched_in_place_to_the_very_bits(make_model, make_rows, tmp_path, "bfloat16", False)
+
+
+def test_a_copy_of_another_format_is_loaded_each_time(make_model: MakeModel, tmp_path: Path) -> None:
+    models = small_steps(make_model(0), tmp_path, "bfloat16")
+    source = Watched(tmp_path)
+    scoring = snapshot.ScoringModel(models[NEWEST].double(), 1.0)
+    for version in (3, 2, 1):
+        scoring.bring(source, version)
+    assert source.reads == [3, 2, 1]
 
 
 @pytest.mark.parametrize(

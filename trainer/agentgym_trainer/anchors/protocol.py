@@ -6,15 +6,16 @@ error or a counted fallback, never a silent approximation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agentgym.errors import TrainingError
+from agentgym.versions import Delta
 from agentgym_trainer.batch import MicroBatch
 
 
@@ -23,6 +24,15 @@ class VersionSource(Protocol):
 
     def read(self, version: int) -> Mapping[str, np.ndarray]:
         """The published weights of `version` by parameter name. Raises VersionError for one that is not there."""
+        ...
+
+
+@runtime_checkable
+class VersionChain(VersionSource, Protocol):
+    """A source that also knows what changed between two versions, so that one copy can be switched in place."""
+
+    def steps(self, start: int, stop: int) -> Iterator[Delta] | None:
+        """What turns the weights of `start` into those of `stop`, in order; None where nothing connects them."""
         ...
 
 

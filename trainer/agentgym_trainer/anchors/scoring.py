@@ -1,6 +1,7 @@
-"""A second module whose weights are swapped. Must never know which version is asked for, or why.
+"""A second module whose weights are swapped, or switched in place by what changed. Must never know why.
 
-Law: one structure for all versions; every tensor of it comes from the weights given, or the swap fails.
+Law: one structure for all versions; every tensor of it comes from the weights given, or the swap fails. A switch ends
+with the bits that a swap would have brought.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from agentgym.errors import VersionError
+from agentgym.versions import BFLOAT16, Delta
+from agentgym_trainer.anchors.protocol import VersionChain, VersionSource
 from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -34,6 +39,23 @@ class ScoringModel:
         self._model = model
         self._temperature = temperature
         self._scratch: nn.Module | None = None
+        self._version: int | None = None  # of the weights in the scratch copy; None while they are of no version
+        self._shifts: dict[str, int | None] = {}
+
+    def bring(self, versions: VersionSource, version: int) -> None:
+        """Makes `version` the weights that score: along the deltas where they lead there, else by a full copy. Raises
+        VersionError if `versions` has it not, or not whole."""
+        if self._version == version:
+            return
+        if isinstance(versions, VersionChain) and self._version is not None and None not in self._shifts.values():
+            steps = versions.steps(self._version, version)
+            if steps is not None:
+                self._version = None  # until the last step: an error on the way leaves what is no version
+                for step in steps:
+                    self._switch(step)
+                self._version = version
+                return
+        self.load(versions.read(version), version)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, np.ndarray], version: int) -> None:
@@ -41,6 +63,7 @@ class ScoringModel:
         VersionError for names or shapes that do not fit the model."""
         if self._scratch is None:
             self._scratch = frozen_copy(self._model)
+        self._version = None
         state = self._scratch.state_dict(keep_vars=True)
         missing = {tensor.data_ptr(): name for name, tensor in state.items()}
         for name, array in weights.items():
@@ -48,10 +71,24 @@ class ScoringModel:
                 raise VersionError(f"version {version} holds {name!r}, which the model has not")
             if tuple(array.shape) != tuple(state[name].shape):
                 raise VersionError(f"version {version}: {name!r} is {array.shape}, the model's {state[name].shape}")
-            state[name].copy_(_as_tensor(array))
+            published = _as_tensor(array)
+            state[name].copy_(published)
+            self._shifts[name] = _shift(state[name].dtype, published.dtype)
             missing.pop(state[name].data_ptr(), None)
         if missing:
             raise VersionError(f"version {version} lacks {next(iter(missing.values()))!r}")
+        self._version = version
+
+    @torch.no_grad()
+    def _switch(self, delta: Delta) -> None:
+        assert self._scratch is not None, "load() comes before a switch"
+        state = self._scratch.state_dict(keep_vars=True)
+        for name, patch in delta.items():
+            target = state[name].detach().view(-1).view(_BITS[state[name].element_size()])
+            bits = torch.from_numpy(patch.bits.astype(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
+            shift = self._shifts[name]
+            assert shift is not None, "bring() switches only what can be"
+            target[torch.from_numpy(patch.indices).to(target.device)] ^= bits << shift
 
     @torch.no_grad()
     def score(self, micro_batch: MicroBatch) -> Tensor:
@@ -60,5 +97,16 @@ class ScoringModel:
         return token_logprobs(self._scratch, micro_batch, self._temperature).logprobs
 
 
+def _shift(held: torch.dtype, published: torch.dtype) -> int | None:
+    """Where the bits of a published element lie within those of the one that holds its value: a bfloat16 is the upper
+    half of a float32. None where the two formats share no bits."""
+    if held == published:
+        return 0
+    return 16 if (held, published) == (torch.float32, torch.bfloat16) else None
+
+
 def _as_tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    writable = array if array.flags.writeable else array.copy()
+    if writable.dtype == BFLOAT16:
+        return torch.from_numpy(writable.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(writable)

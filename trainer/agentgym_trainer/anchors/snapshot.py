@@ -3,6 +3,7 @@ falls back where a version is gone. Must never know the loss.
 
 Law: a token sampled under version v is scored by the published weights of v. Only rows that hold v-tokens, only up to
 their last v-token, go through a forward for v; the version that equals the trainer's present weights is not loaded.
+Versions are visited newest first: the next one is a step back along the log.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from agentgym.errors import VersionError
 from agentgym_trainer.anchors.ewma import EwmaAnchor
+from agentgym_trainer.anchors.prefixes import gather, plan_prefixes, scatter
 from agentgym_trainer.anchors.protocol import Proximal, VersionSource, require_finite
 from agentgym_trainer.anchors.scoring import ScoringModel
 from agentgym_trainer.batch import MicroBatch
@@ -42,19 +44,16 @@ class SnapshotAnchor:
     ) -> list[Proximal]:
         dtype = logprob_dtype(self._model)
         logprobs = [torch.zeros_like(batch.behavior_logprobs, dtype=dtype) for batch in micro_batches]
-        present = sorted({int(v) for batch in micro_batches for v in batch.policy_versions[batch.loss_mask].unique()})
+        present = {int(v) for batch in micro_batches for v in batch.policy_versions[batch.loss_mask].unique()}
         gone: set[int] = set()
         num_scored_tokens = 0
-        for version in present:
+        for version in sorted(present, reverse=True):  # each next one is a delta or a few further back
             if version == trainer_version and reuse_policy:
                 continue
             if version != trainer_version and not self._load(version):
                 gone.add(version)
-            for batch, target in zip(micro_batches, logprobs):
-                mask = batch.loss_mask & (batch.policy_versions == version)
-                if bool(mask.any()):
-                    scorer = self._scorer(version, trainer_version, version in gone)
-                    num_scored_tokens += self._score_into(target, batch, mask, scorer, version)
+            scorer = self._scorer(version, trainer_version, version in gone)
+            num_scored_tokens += self._score_into(logprobs, micro_batches, scorer, version)
         self._counts = {**_count_exact(micro_batches, gone), "anchor/num_scored_tokens": float(num_scored_tokens)}
         return [
             Proximal(scored, batch.loss_mask & (batch.policy_versions == trainer_version) if reuse_policy else None)
@@ -64,12 +63,11 @@ class SnapshotAnchor:
     def _load(self, version: int) -> bool:
         """Swaps in `version`; False if it is gone and there is a fallback."""
         try:
-            weights = self._versions.read(version)
+            self._scoring.bring(self._versions, version)
         except VersionError:
             if self._fallback is None:
                 raise
             return False
-        self._scoring.load(weights, version)
         return True
 
     def _scorer(self, version: int, trainer_version: int, gone: bool) -> Callable[[MicroBatch], Tensor]:
@@ -82,15 +80,18 @@ class SnapshotAnchor:
         return self._scoring.score
 
     def _score_into(
-        self, target: Tensor, batch: MicroBatch, mask: Tensor, scorer: Callable[[MicroBatch], Tensor], version: int
-    ) -> int:
-        """Writes the logprobs of the tokens in `mask` into `target`; returns the size of the forward."""
-        rows = mask.any(-1).nonzero(as_tuple=True)[0]
-        num_columns = int(mask.any(0).nonzero()[-1]) + 1
-        part = batch.select(rows, num_columns, loss_mask=mask)
-        scored = require_finite(scorer(part), self.name, f"the weights of version {version}")
-        target[mask] = scored[part.loss_mask].to(target.dtype)
-        return part.num_tokens
+        self, logprobs: Sequence[Tensor], batches: Sequence[MicroBatch], scorer: Callable[[MicroBatch], Tensor],
+        version: int,
+    ) -> int:  # fmt: skip
+        """Writes the logprobs of the version's tokens into `logprobs`; returns the size of the forwards."""
+        masks = [batch.loss_mask & (batch.policy_versions == version) for batch in batches]
+        num_tokens = 0
+        for prefixes in plan_prefixes(masks, max_tokens=max(batch.num_tokens for batch in batches)):
+            part = gather(batches, masks, prefixes)
+            scored = require_finite(scorer(part), self.name, f"the weights of version {version}")
+            scatter(scored, prefixes, masks, logprobs)
+            num_tokens += part.num_tokens
+        return num_tokens
 
     def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
         if self._fallback is not None:
