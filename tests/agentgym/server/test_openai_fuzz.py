@@ -174,7 +174,7 @@ def test_requests_that_nearly_fit(http: httpx.Client, data: st.DataObject) -> No
             parent = parent[key]
         kind = data.draw(st.sampled_from(["replace", "delete", "add"]))
         if kind == "replace":
-            parent[place[-1]] = data.draw(hostile_values | json_values)
+            parent[place[-1]] = copy.deepcopy(data.draw(hostile_values | json_values))  # it is changed further
         elif kind == "delete":
             del parent[place[-1]]
         elif isinstance(parent, dict):
