@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-_NAMES = {"bwrap", "containerd-shim", "containerd-shim-runc-v2", "runc", "runsc", "runsc-sandbox", "runsc-gofer"}
+_OF_A_CONTAINER = ("containerd-shim", "runsc")  # their command lines hold the container's id
+_CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def count(client: Any, mark: str) -> dict[str, int]:
-    """Containers and folders whose name begins with `mark`, volumes, processes of the kinds that boxes are made of, and
+    """Containers and folders whose name begins with `mark`, volumes, processes of boxes that nobody has any more, and
     descriptors of this process. What a benchmark leaves is the difference of two counts."""
     containers = client.api.containers(all=True, filters={"name": mark})
     return {
         "containers": len(containers),
         "volumes": len(client.api.volumes()["Volumes"] or ()),
-        "processes": sum(_name(entry) in _NAMES for entry in Path("/proc").iterdir() if entry.name.isdigit()),
+        "processes": _abandoned({entry["Id"] for entry in client.api.containers(all=True)}),
         "folders": len(_folders(mark)),
         "fds": len(os.listdir("/proc/self/fd")),
     }
@@ -29,11 +31,24 @@ def difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
     return {f"leaked_{name}": after[name] - before[name] for name in before}
 
 
-def _name(process: Path) -> str:
-    try:
-        return (process / "comm").read_text().strip()
-    except OSError:  # it has ended
-        return ""
+def _abandoned(containers: set[str]) -> int:
+    """Shims and gVisors of containers that the daemon does not know, and bubblewraps without a parent."""
+    found = 0
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it has ended
+            continue
+        name = command.partition("\0")[0].rpartition("/")[2]
+        if name.startswith(_OF_A_CONTAINER):
+            ids = set(_CONTAINER_ID.findall(command))
+            found += bool(ids) and ids.isdisjoint(containers)
+        elif name == "bwrap":
+            found += parent == "1"
+    return found
 
 
 def _folders(mark: str) -> list[str]:

@@ -37,12 +37,14 @@ def test_capacity() -> None:
     assert (found["docker_live"], found["namespace_live"]) == (3, 3)
 
 
+@pytest.mark.slow  # the machine is counted, and what was killed is waited for
 def test_cycles_leave_nothing() -> None:
     found = figures("sandbox_cycles")
-    assert {name: value for name, value in found.items() if name.startswith("leaked") and value} == {}
+    assert {name: value for name, value in found.items() if name.startswith("leaked") and value > 0} == {}
     assert {"docker", "namespace"} <= set(found["tiers"])
 
 
+@pytest.mark.slow
 def test_a_killed_owner_leaves_nothing_but_a_plain_one_does() -> None:
     found = figures("sandbox_sigkill")
     assert found["left_after_10s"] == 0, found
