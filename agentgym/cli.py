@@ -106,6 +106,9 @@ def serve(
     env: Annotated[str | None, typer.Option(help="The environment that a trainer's episodes are played in.")] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen; by default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="By default a free one, which is printed.")] = None,
+    engine: Annotated[str | None, typer.Option(help="What samples: torch (the default), or vllm.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="vLLM servers to start.")] = None,
+    vllm_url: Annotated[list[str] | None, typer.Option(help="A vLLM server that runs already; repeat it.")] = None,
     run_dir: Annotated[Path, typer.Option(help="Where trajectories and the trainer's key go.")] = Path("runs/serve"),
 ) -> None:
     """Run the rollout service: an OpenAI-compatible server with token ids, logprobs and policy versions."""
@@ -113,7 +116,12 @@ def serve(
     from agentgym.server.process import serve as run
     from agentgym.server.settings import ServiceConfig
 
-    given = {"model.name": model, "env.id": env, "server.host": host, "server.port": port}
+    if vllm_url and engine is None:
+        engine = "vllm"
+    given = {
+        "model.name": model, "env.id": env, "server.host": host, "server.port": port, "engine.kind": engine,
+        "engine.replicas": replicas, "engine.vllm_urls": vllm_url,
+    }  # fmt: skip
     kind = _kind_of_file(ServiceConfig, settings or [])
     config = _service_config(kind, settings or [], {k: v for k, v in given.items() if v is not None})
     config = config if kind is ServiceConfig else config.service()

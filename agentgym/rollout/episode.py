@@ -182,6 +182,7 @@ class _Episode:
             temperature=self.plan.temperature,
             stop_token_ids=self.renderer.stop_token_ids,
             seed=zlib.crc32(b"%d turn %d" % (self.plan.sampling_seed, len(self.turns))),
+            session=self.plan.trajectory_id,
         )
         self.progress.enter("sampling")
         began = time.monotonic()
