@@ -36,8 +36,8 @@ from agentgym.sandbox.box import (
 from agentgym.sandbox.docker.command import DockerCommand
 from agentgym.sandbox.docker.container import Container, NoPythonError
 from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
+from agentgym.sandbox.docker.promises import check_promises
 from agentgym.sandbox.docker.settings import enforced, owner_uid, warn_of_relaxations
-from agentgym.sandbox.docker.tier import check_promises
 from agentgym.sandbox.inside.worker_streams import Capture
 from agentgym.sandbox.spec import WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
 from agentgym.sandbox.worker_client import GRACE_S

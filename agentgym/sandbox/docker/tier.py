@@ -12,18 +12,17 @@ import contextlib
 import logging
 import re
 
-from agentgym.errors import InputError, SandboxDiedError, SandboxError, UnavailableError
+from agentgym.errors import InputError, SandboxDiedError, SandboxError
 from agentgym.sandbox import seccomp
 from agentgym.sandbox.box import WorkerSandbox
 from agentgym.sandbox.docker import gvisor_calls
 from agentgym.sandbox.docker.container import Container, NoPythonError
-from agentgym.sandbox.docker.host import FAILURES, Daemon, DockerHost, connect, root_cause
+from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
 from agentgym.sandbox.docker.images import missing
+from agentgym.sandbox.docker.promises import check_promises
 from agentgym.sandbox.docker.settings import (
     enforced,
-    gvisor_problem,
     owner_uid,
-    seccomp_problem,
     warn_of_relaxations,
 )
 from agentgym.sandbox.spec import BASE_IMAGE, Sandbox, SandboxSpec
@@ -68,13 +67,16 @@ class DockerSandbox(WorkerSandbox):
         super().__init__(tier, container.name, spec, channel, enforced(tier, spec, "resident"))
         try:
             container.start()
-            self._boot({}, modules=(gvisor_calls if tier == "gvisor" else seccomp).modules(daemon.info()))
+            modules = (gvisor_calls if tier == "gvisor" else seccomp).modules(daemon.info())
+            self._boot({}, modules=modules)
         except BaseException as error:
             self._client.close()
             failure = container.failed(_without_python(spec, error))
             if isinstance(failure, NoPythonError):
                 daemon.without_python.add(container.image_id)
             raise failure from error
+        if modules and tier == "docker":
+            self.limits = {**self.limits, "system calls": "docker's seccomp profile, and a filter of the worker's"}
         daemon.gvisor_ran = daemon.gvisor_ran or tier == "gvisor"
         container.keep(self.renew)
         warn_of_relaxations(spec)
@@ -122,19 +124,6 @@ def _without_python(spec: SandboxSpec, error: BaseException) -> BaseException:
     return NoPythonError(
         f"the python3 of the image {spec.image} cannot be the worker ({found[0]:.200}); 3.9 or newer can"
     )
-
-
-def check_promises(daemon: Daemon, tier: str, spec: SandboxSpec) -> None:
-    """UnavailableError where the daemon cannot keep what the tier promises."""
-    if (tier, spec.network) in daemon.fit:
-        return
-    try:
-        problem = gvisor_problem(daemon, spec) if tier == "gvisor" else seccomp_problem(daemon)
-    except FAILURES as error:
-        raise SandboxDiedError(f"the Docker daemon at {daemon.host.shown} failed ({root_cause(error)})") from error
-    if problem is not None:
-        raise UnavailableError(f"sandbox.tier={tier} cannot be had here: {problem}")
-    daemon.fit.add((tier, spec.network))
 
 
 def docker_problem(image: str = BASE_IMAGE, host: DockerHost | None = None, tier: str = "docker") -> str | None:
