@@ -368,7 +368,7 @@ def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -
         work = prompts(12)
         streams: list[list[int]] = [[] for _ in work]
         running = [
-            asyncio.ensure_future(house.policy.complete(prompt, SamplingParams(100, seed=index), hearing(stream)))
+            asyncio.ensure_future(house.policy.complete(prompt, SamplingParams(200, seed=index), hearing(stream)))
             for index, (prompt, stream) in enumerate(zip(work, streams, strict=True))
         ]
         await begun(streams, 10)
@@ -379,7 +379,7 @@ def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -
         done = await asyncio.gather(*running)
         for prompt, completion, stream in zip(work, done, streams, strict=True):
             assert stream == list(completion.token_ids)  # heard once each, in order
-            assert len(stream) == 100
+            assert len(stream) == 200
             assert completion.kv_versions == completion.policy_versions
             house.assert_exact(prompt, completion)
         status = engine.replicas()[1]
