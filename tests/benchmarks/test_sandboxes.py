@@ -41,7 +41,7 @@ def test_capacity() -> None:
 def test_cycles_leave_nothing() -> None:
     found = figures("sandbox_cycles")
     assert {name: value for name, value in found.items() if name.startswith("leaked") and value > 0} == {}
-    assert {"docker", "namespace"} <= set(found["tiers"])
+    assert (found["docker_cycles"], found["namespace_cycles"]) == (4, 4)
 
 
 @pytest.mark.slow
