@@ -13,6 +13,7 @@ from benchmarks.plain_docker import available_tiers, milliseconds, plain_client,
 
 _WARM = 4
 _REFILL_S = 60.0
+_QUIET_S = 0.5  # the daemon is busy with what was closed before, also after its answer
 
 
 def run(quick: bool) -> dict[str, object]:
@@ -24,9 +25,11 @@ def run(quick: bool) -> dict[str, object]:
     with plain_client() as client, SandboxPool("docker", warm=_WARM) as pool:
         for _ in range(rounds):
             for tier in tiers:
+                time.sleep(_QUIET_S)
                 box, spent = _timed(lambda tier=tier: _open(tier))
                 times[tier].append(spent)
                 box.close()
+            time.sleep(_QUIET_S)
             times["plain"].append(milliseconds(lambda: start_plain(client)))
         spec = SandboxSpec()
         for _ in range(rounds):

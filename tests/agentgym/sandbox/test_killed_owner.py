@@ -85,7 +85,7 @@ class OwnerProcess:
             "containers": containers,
             "processes": [str(pid) for pid in running(self.mark) if pid not in ours],
             "cgroups": [str(folder) for folder in cgroup_folders(f"agentgym-{self.owner_id}")],
-            "lease": [str(file) for file in self.folder.rglob("*")] + [str(self.folder)] * self.folder.exists(),
+            "lease": [f"{folder}: {files}" for folder, _, files in os.walk(self.folder)],  # which may go at any moment
             "reaper": [str(pid) for pid in running(str(self.folder)) if pid not in ours],
         }
         return {name: values for name, values in found.items() if values}
