@@ -45,7 +45,12 @@ def _live_at_once(tier: str, count: int) -> tuple[int, float, float]:
 
 
 def _used_mb() -> float:
-    """Memory of the whole machine that is not available: the boxes, the daemon and its shims."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return (values["MemTotal"] - values["MemAvailable"]) / 1024
+    """Memory of all processes, what they share divided among them: the boxes, the daemon and its shims. (The machine's
+    available memory says more of its file cache.) What may not be read does not count."""
+    total = 0
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                lines = (process / "smaps_rollup").read_text(encoding="utf-8").splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
