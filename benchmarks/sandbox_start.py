@@ -26,6 +26,7 @@ def run(quick: bool) -> dict[str, object]:
         for _ in range(rounds):
             for tier in tiers:
                 time.sleep(_QUIET_S)
+                _open(tier).close()  # the processors wake up: after half a second of nothing the first start is slower
                 box, spent = _timed(lambda tier=tier: _open(tier))
                 times[tier].append(spent)
                 box.close()
