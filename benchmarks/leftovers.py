@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,20 @@ def count(client: Any, mark: str) -> dict[str, int]:
         "volumes": len(client.api.volumes()["Volumes"] or ()),
         "processes": _abandoned({entry["Id"] for entry in client.api.containers(all=True)}),
         "folders": len(_folders(mark)),
-        "fds": len(os.listdir("/proc/self/fd")),
+        "fds": sum(not _is_kept(int(fd)) for fd in os.listdir("/proc/self/fd")),
     }
+
+
+def _is_kept(fd: int) -> bool:
+    """Whether it is an idle connection to the daemon: Docker's client keeps a bounded number of them, one for each URL
+    that it asked last."""
+    try:
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            return False
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            return connection.family == socket.AF_UNIX and str(connection.getpeername()).endswith("docker.sock")
+    except OSError:  # not connected, or closed since it was listed
+        return False
 
 
 def difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:

@@ -25,7 +25,7 @@ def run(quick: bool) -> dict[str, object]:
     mark = f"agentgym-{os.getpid()}-"
     with plain_client() as client:
         for tier in available_tiers():
-            _pace(tier, lambda tier=tier: _cycle(tier), 2 if quick else 80)  # what is kept for a process is no leak
+            _pace(tier, lambda tier=tier: _cycle(tier), 2)  # what is kept for a process is no leak
             before = count(client, mark)
             cycles[tier] = 4 if quick else _CYCLES[tier]
             pace[tier] = _pace(tier, lambda tier=tier: _cycle(tier), cycles[tier])
