@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from agentgym.config import parse_config
@@ -159,3 +160,41 @@ def server(tmp_path_factory: pytest.TempPathFactory, maze_folder: Path) -> Itera
     """One server for tests that only ask."""
     with running(maze_folder, tmp_path_factory.mktemp("shared") / "run") as server:
         yield server
+
+
+@pytest.fixture
+def service_processes() -> Callable[[], list[int]]:
+    """Asks for the services that this test started and what lives below them, a service before its engine.
+
+    What other tests left below this process, and zombies, are none of a test's business: a process counts if it came
+    after the test began.
+    """
+    began = set(psutil.Process().children())  # by pid and birth, so that a pid that comes again is another one
+
+    def ask() -> list[int]:
+        services = [child for child in psutil.Process().children() if child not in began and _is_service(child)]
+        below = [one for service in services for one in _living(service)]
+        return [service.pid for service in services] + [one.pid for one in below]
+
+    return ask
+
+
+def _is_service(process: psutil.Process) -> bool:
+    try:  # a zombie has no command line, and a process may become one between two questions
+        return _is_alive(process) and "agentgym.server" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _living(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [one for one in process.children(recursive=True) if _is_alive(one)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,45 @@ def wait_until_gone(pids: list[int]) -> None:
     assert not left, f"still there: {left}"
 
 
-def service_pids() -> list[int]:
-    """The service that is a child of this process, and its engine."""
-    return descendants(os.getpid())[1:]
+Processes = Callable[[], list[int]]
 
 
 @pytest.fixture
-def no_leftovers() -> Iterator[None]:
-    before = set(service_pids())
-    yield
-    wait_until_gone([pid for pid in service_pids() if pid not in before])
+def service_pids(service_processes: Processes) -> Iterator[Processes]:
+    """As service_processes; and when the test is over, none of them is left."""
+    yield service_processes
+    wait_until_gone(service_processes())
 
 
-def test_a_child_collects_publishes_and_evaluates(random_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+@pytest.fixture
+def left_behind() -> Iterator[subprocess.Popen[bytes]]:
+    """What an earlier test may have left: a process that looks like a service."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "agentgym.server"]) as process:
+        yield process
+        process.kill()
+
+
+def test_what_came_before_and_what_is_dead_is_not_counted(
+    left_behind: subprocess.Popen[bytes], service_processes: Processes
+) -> None:
+    assert service_processes() == []
+    mine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "agentgym.server"])
+    try:
+        deadline = time.monotonic() + DEADLINE_S  # between fork and exec it still has our arguments
+        while service_processes() != [mine.pid] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert service_processes() == [mine.pid]
+        mine.kill()
+        wait_until_gone([mine.pid])
+        left_behind.kill()
+        wait_until_gone([left_behind.pid])  # both are zombies now
+        assert service_processes() == []
+    finally:
+        mine.kill()
+        mine.wait()
+
+
+def test_a_child_collects_publishes_and_evaluates(random_model: Path, tmp_path: Path, service_pids: Processes) -> None:
     with start_service(config_of(), random_model, tmp_path, tmp_path / "versions") as client:
         pids = service_pids()
         assert len(pids) >= 2  # the service, and the engine in a process of its own
@@ -101,7 +127,7 @@ def test_a_child_collects_publishes_and_evaluates(random_model: Path, tmp_path: 
 
 
 def test_a_killed_service_is_told_with_the_end_of_its_log(
-    random_model: Path, tmp_path: Path, no_leftovers: None
+    random_model: Path, tmp_path: Path, service_pids: Processes
 ) -> None:
     with start_service(config_of(), random_model, tmp_path, tmp_path / "versions") as client:
         pids = service_pids()
@@ -112,7 +138,7 @@ def test_a_killed_service_is_told_with_the_end_of_its_log(
         wait_until_gone(pids)  # its engine ended with it
 
 
-def test_a_killed_engine_is_told_and_nothing_hangs(random_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+def test_a_killed_engine_is_told_and_nothing_hangs(random_model: Path, tmp_path: Path, service_pids: Processes) -> None:
     from agentgym.errors import EngineDiedError
 
     with start_service(config_of(), random_model, tmp_path, tmp_path / "versions") as client:
@@ -126,7 +152,7 @@ def test_a_killed_engine_is_told_and_nothing_hangs(random_model: Path, tmp_path:
         assert is_alive(service)
 
 
-def test_a_signal_ends_it_in_order(random_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+def test_a_signal_ends_it_in_order(random_model: Path, tmp_path: Path, service_pids: Processes) -> None:
     with start_service(config_of(), random_model, tmp_path, tmp_path / "versions") as client:
         client.collect(True)
         pids = service_pids()
@@ -138,14 +164,16 @@ def test_a_signal_ends_it_in_order(random_model: Path, tmp_path: Path, no_leftov
     assert "Traceback" not in (tmp_path / "service.log").read_text()
 
 
-def test_shutdown_by_request(random_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+def test_shutdown_by_request(random_model: Path, tmp_path: Path, service_pids: Processes) -> None:
     with start_service(config_of(), random_model, tmp_path, tmp_path / "versions") as client:
         pids = service_pids()
         client.shutdown()
         wait_until_gone(pids)
 
 
-def test_what_keeps_it_from_starting_keeps_its_class(random_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+def test_what_keeps_it_from_starting_keeps_its_class(
+    random_model: Path, tmp_path: Path, service_pids: Processes
+) -> None:
     with (
         pytest.raises(UnknownNameError, match="unknown environment 'mase'; did you mean 'maze'"),
         start_service(config_of(env={"id": "mase"}), random_model, tmp_path / "a", tmp_path / "versions"),
@@ -160,7 +188,7 @@ def test_what_keeps_it_from_starting_keeps_its_class(random_model: Path, tmp_pat
         pass
 
 
-def test_a_start_that_takes_too_long_is_ended(random_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+def test_a_start_that_takes_too_long_is_ended(random_model: Path, tmp_path: Path, service_pids: Processes) -> None:
     with (
         pytest.raises(ServiceError, match="not ready within 0 s"),
         start_service(config_of(), random_model, tmp_path, tmp_path / "versions", startup_s=0.1),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from agentgym.config import parse_config
@@ -114,7 +113,9 @@ def test_health_policy_and_figures(start: Callable[..., Any]) -> None:
         assert SECRET not in figures.text  # a path is no label
 
 
-def test_an_engine_that_died_is_seen(random_model: Path, tmp_path: Path) -> None:
+def test_an_engine_that_died_is_seen(
+    random_model: Path, tmp_path: Path, service_processes: Callable[[], list[int]]
+) -> None:
     values = {"env": {"id": "maze"}, "model": {"name": "small"}, "rollout": {"max_episode_tokens": 120}}
     config = parse_config(ServiceConfig, values)
     with (
@@ -122,9 +123,9 @@ def test_an_engine_that_died_is_seen(random_model: Path, tmp_path: Path) -> None
         httpx.Client(base_url=client.url, trust_env=False) as http,
     ):
         assert http.get("/health").json()["status"] == "ok"
-        (service,) = [child for child in psutil.Process().children() if "agentgym.server" in child.cmdline()]
-        for engine in service.children(recursive=True):
-            engine.kill()
+        _, *engine = service_processes()
+        for pid in engine:
+            os.kill(pid, signal.SIGKILL)
         answer = http.post("/v1/chat/completions", json=CHAT)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         seen = http.get("/health")
