@@ -4,12 +4,14 @@ one message on stderr and an exit code (2: the person's turn, 1: a failure at wo
 Other packages add commands through the entry-point group `agentgym.commands`: the entry's name is the command's, its
 value a function with type hints that typer understands (`Annotated[..., typer.Option(help=...)]`), whose docstring
 is the help. The module that holds it is imported for every `agentgym --help`, so it imports what is heavy inside the
-function. The function returns nothing, and raises AgentGymError; `train` of the trainer is the example.
+function. The function returns nothing, and raises AgentGymError; `train` of the trainer is the example. The value may be
+a `typer.Typer` of such functions instead: a group of commands, as `lab` is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import logging
@@ -307,8 +309,22 @@ def build_app() -> typer.Typer:
     sandbox.command("gc")(guarded(collect_sandboxes))
     app.add_typer(sandbox, name="sandbox")
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
-        app.command(entry.name)(guarded(_load_command(entry)))
+        loaded = _load_command(entry)
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(_guarded_group(loaded), name=entry.name)
+        else:
+            app.command(entry.name)(guarded(loaded))
     return app
+
+
+def _guarded_group(group: typer.Typer) -> typer.Typer:
+    """The group with its commands guarded; the plug-in's own object stays as it is."""
+    ours = copy.copy(group)
+    ours.registered_commands = [copy.copy(info) for info in group.registered_commands]
+    for info in ours.registered_commands:
+        if info.callback is not None:
+            info.callback = guarded(info.callback)
+    return ours
 
 
 def _print_version(asked: bool) -> None:
@@ -326,8 +342,8 @@ def _root(
     log_to_stderr(logging.WARNING if quiet else logging.INFO)
 
 
-def _load_command(entry: EntryPoint) -> Callable[..., None]:
-    """The plug-in's function, or one that says why there is none."""
+def _load_command(entry: EntryPoint) -> Callable[..., None] | typer.Typer:
+    """The plug-in's function or group, or one that says why there is none."""
     try:
         return entry.load()
     except (ImportError, AttributeError) as error:

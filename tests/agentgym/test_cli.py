@@ -180,15 +180,15 @@ def test_a_plugin_that_cannot_be_imported_says_so_and_hides_no_other(tmp_path: P
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[agentgym.commands]\nlab = nowhere_at_all:lab\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[agentgym.commands]\nbroken = nowhere_at_all:broken\n", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*AGENTGYM, *arguments], capture_output=True, text=True, env=environment, timeout=60)
 
     assert run("--help").returncode == 0
-    result = run("lab")
-    assert "the command 'lab' cannot be loaded from nowhere_at_all:lab" in one_message(result)
+    result = run("broken")
+    assert "the command 'broken' cannot be loaded from nowhere_at_all:broken" in one_message(result)
     assert result.returncode == 2
     assert run("--version").returncode == 0
 
