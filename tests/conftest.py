@@ -125,6 +125,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the two long shares begin at once
+        long = {"vllm": 0, "sandboxes": 1}
+        items.sort(key=lambda item: long.get(_share(item.nodeid.partition("::")[0]), len(long)))
     slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
     options = config.option
     count = len(slow) if options.run_slow else min(options.slow_sample, len(slow))
@@ -138,6 +141,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+@functools.cache
+def _share(file: str) -> str:
+    """Whose work a test file is with `-n 2 --dist loadfile`: one worker has all vLLM servers, one all sandboxes (they
+    look at what the daemon holds, and mostly wait); the other files go to whoever is free."""
+    source = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+    for share, marks in {"vllm": ("vllm",), "sandboxes": ("docker", "bubblewrap")}.items():
+        if any(f"pytest.mark.{mark}" in source for mark in marks):
+            return share
+    return file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shares(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _share(nodeid.partition("::")[0])
+
+    return Shares(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

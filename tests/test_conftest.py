@@ -88,3 +88,23 @@ def test_a_sample_of_the_slow_tests_depends_on_its_seed_alone(suite: pytest.Pyte
 def test_gpu_tests_are_deselected_unless_asked_for(suite: pytest.Pytester) -> None:
     suite.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_it(): assert False\ndef test_q(): pass\n")
     suite.runpytest().assert_outcomes(passed=1, deselected=1)
+
+
+def test_two_workers_share_no_sandbox_and_no_vllm_server(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nmarkers =\n  docker: x\n  bubblewrap: x\n  vllm: x\n  slow: x\n  gpu: x\n")
+    tests = pytester.mkdir("tests")
+    (tests / "conftest.py").write_text(CONFTEST.read_text(encoding="utf-8") + "\nCOMPONENTS.clear()\n")
+    write = "import os, pytest\ndef note(name): open('who', 'a').write(f'{name} {os.getpid()}\\n')\n"
+    for marks in ("docker", "bubblewrap", "vllm"):
+        for number in range(3):
+            body = f"@pytest.mark.{marks}\ndef test_it(): note('{marks}')\n"
+            (tests / f"test_{marks}_{number}.py").write_text(write + body)
+    arguments = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider")
+    pytester.runpytest_subprocess(*arguments).assert_outcomes(passed=9)
+    workers: dict[str, set[str]] = {}
+    for line in (pytester.path / "who").read_text().splitlines():
+        name, pid = line.split()
+        workers.setdefault(name, set()).add(pid)
+    assert workers["docker"] == workers["bubblewrap"]
+    assert len(workers["docker"]) == len(workers["vllm"]) == 1
+    assert workers["docker"] != workers["vllm"]

@@ -33,6 +33,7 @@ from agentgym.errors import InputError, UnavailableError
 OWN_SOCKET = "unix:///var/run/docker.sock"
 PING_S = 3  # a daemon that does not answer within this is not there
 SSH_PING_S = 15  # ssh logs in first
+SSH_END_S = 2.0
 QUICK_S = 20  # for what a daemon does at once, such as the removal of a box
 CALL_S = 120  # many boxes started at once wait for each other inside the daemon
 BUILD_S = 1800  # between two lines of a build
@@ -132,6 +133,11 @@ class Daemon:
         except FAILURES as error:
             raise no_daemon(self.host, error, _said(self.probe)) from error
 
+    def close(self) -> None:
+        """Ends every connection that waits to be used again."""
+        for client in (self.probe, self.quick, self.api, self.builder):
+            client.close()
+
     def info(self) -> dict[str, Any]:
         """What the daemon says of itself."""
         return self.quick.info()
@@ -165,6 +171,15 @@ def connect(host: DockerHost | None = None) -> Daemon:
     daemon = Daemon(host)
     with _lock:
         return _daemons.setdefault(host, daemon)
+
+
+def disconnect(host: DockerHost) -> None:
+    """Ends what `connect` keeps for later: connections, and where they go through ssh a process each. Boxes that are
+    open keep theirs."""
+    with _lock:
+        daemon = _daemons.pop(host, None)
+    if daemon is not None:
+        daemon.close()
 
 
 def _forked() -> None:
@@ -271,6 +286,18 @@ class SshAdapter(UnixHTTPAdapter):
                 raise
             self._running.append(process)
         return ours
+
+    def close(self) -> None:
+        """An ssh whose connection is closed ends by itself, and is waited for: it would stay as a zombie."""
+        super().close()
+        with self._lock:
+            for process in self._running:
+                try:
+                    process.wait(SSH_END_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            self._running.clear()
 
     def said(self) -> str:
         """The last line that ssh complained with."""

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
 from agentgym.sandbox.docker.exec_tier import DockerExecSandbox
-from agentgym.sandbox.docker.host import DockerHost, connect
+from agentgym.sandbox.docker.host import DockerHost, connect, disconnect
 from agentgym.sandbox.spec import Sandbox
 
 OWN = "/var/run/docker.sock"
@@ -343,6 +344,7 @@ def ssh_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.docker
 def test_a_box_behind_ssh(ssh_log: Path) -> None:
     host = DockerHost("ssh://me@gpu1:2222")
+    before = set(psutil.Process().children())
     for box in both_ways(SandboxSpec(output_limit=4_000_000), host):
         with box:
             moves_a_megabyte(box)
@@ -351,6 +353,10 @@ def test_a_box_behind_ssh(ssh_log: Path) -> None:
         assert not left_over(box.name, 1.0)
     lines = ssh_log.read_text().splitlines()
     assert all(line.endswith("-l me -p 2222 -- gpu1 docker system dial-stdio") for line in lines)
+    kept = set(psutil.Process().children()) - before
+    assert kept
+    disconnect(host)
+    assert not set(psutil.Process().children()) - before, "every ssh has ended and was waited for"
 
 
 @pytest.mark.docker
