@@ -25,9 +25,9 @@ import numpy as np
 
 from agentgym.deltas import MAX_CHANGED, Delta, changed_fraction, decode, difference, encode, flip, same_model
 from agentgym.errors import CheckpointError, VersionError
-from agentgym.weight_file import BFLOAT16, is_whole, load_file, map_file, save_file
+from agentgym.weight_file import BFLOAT16, WHOLE_MODEL, is_whole, load_file, map_file, read_metadata, save_file
 
-__all__ = ["BFLOAT16", "Delta", "Recorded", "VersionLog", "VersionReader"]
+__all__ = ["BFLOAT16", "WHOLE_MODEL", "Delta", "Recorded", "VersionLog", "VersionReader"]
 
 # The file of the last number given out. It is written before the weights: a crash can burn a number, never reuse it.
 _ISSUED = "issued"
@@ -54,8 +54,11 @@ class VersionReader:
     array([0., 0.], dtype=float32)
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """With `metadata`, versions that say otherwise of themselves cannot be read: of two adapters of one shape and
+        different scale, one is not the other's older version."""
         self.folder = folder
+        self._metadata = metadata
 
     def __contains__(self, version: int) -> bool:
         return self._nearest_full(version) is not None
@@ -73,12 +76,14 @@ class VersionReader:
         return self._full(version)
 
     def read(self, version: int) -> dict[str, np.ndarray]:
-        """The published weights of `version`, in memory of their own. Raises VersionError if it was dropped or its
-        file is corrupt, CheckpointError if the disk refuses."""
+        """The published weights of `version`, in memory of their own. Raises VersionError if it was dropped, is of
+        another model, or its file is corrupt, CheckpointError if the disk refuses."""
         self._require(version)
         start = self._nearest_full(version)
         assert start is not None, "what is in the log is reached from a full copy"
         try:
+            if self._metadata is not None and read_metadata(self._full(start)) != self._metadata:
+                raise VersionError(f"policy version {version} in {self.folder} is of another model, or adapter")
             weights = load_file(self._full(start))
             for step in self.steps(start, version) or ():
                 flip(weights, step)
@@ -180,9 +185,9 @@ class VersionLog(VersionReader):
     def __contains__(self, version: int) -> bool:
         return version in self._versions
 
-    def append(self, weights: Mapping[str, np.ndarray]) -> int:
+    def append(self, weights: Mapping[str, np.ndarray], metadata: Mapping[str, str] = WHOLE_MODEL) -> int:
         """Issues the next version for `weights` and returns it once the file is durable. The one before it may be
-        dropped now, unless it is held.
+        dropped now, unless it is held. `metadata`: what the file says of them to engines (see weight_file.py).
 
         Raises CheckpointError (disk full, no permission); then no version was added.
         """
@@ -193,10 +198,10 @@ class VersionLog(VersionReader):
         try:
             _write_durably(self.folder / _ISSUED, str(version).encode())
             self._issued = version
-            save_file(weights, partial)
+            save_file(weights, partial, metadata)
             partial.rename(target)
             _sync(self.folder)
-            changed, delta_bytes = (1.0, 0) if before is None else self._link(before, version, weights)
+            changed, delta_bytes = (1.0, 0) if before is None else self._link(before, version, weights, metadata)
         except OSError as error:
             for left in (target, *self.folder.glob("*.partial")):
                 left.unlink(missing_ok=True)
@@ -219,13 +224,15 @@ class VersionLog(VersionReader):
         self._holders[holder] = wanted
         self._drop_unheld()
 
-    def _link(self, before: int, version: int, weights: Mapping[str, np.ndarray]) -> tuple[float, int]:
+    def _link(
+        self, before: int, version: int, weights: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    ) -> tuple[float, int]:
         """Writes the delta between `before` and `version` where it is a bargain; the changed fraction and its size."""
         try:
-            base = map_file(self._full(before))
+            base, said = map_file(self._full(before)), read_metadata(self._full(before))
         except VersionError:  # whoever reads `before` is told; the new version stands on its own
             return 1.0, 0
-        if not same_model(base, weights):  # a run in the folder of another model
+        if said != metadata or not same_model(base, weights):  # a run in the folder of another model, or adapter
             return 1.0, 0
         changed = changed_fraction(base, weights)
         if changed > MAX_CHANGED:

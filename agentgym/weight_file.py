@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
@@ -31,16 +32,19 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8
 _CHECKSUM = "crc32"
+# What a file says of itself, to every reader of the format: here, that its tensors are those of the whole model. An
+# adapter says {"format": "lora", "adapter_config": "the text of PEFT's adapter_config.json"}.
+WHOLE_MODEL: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 
-def save_file(weights: Mapping[str, np.ndarray], path: Path) -> None:
+def save_file(weights: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] = WHOLE_MODEL) -> None:
     """Writes `path`, which is on the disk when this returns. Raises OSError, and VersionError for a dtype that the
     format has not."""
     # wide elements first: then every tensor is aligned
     arrays = {name: np.ascontiguousarray(weights[name]).reshape(weights[name].shape) for name in weights}
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, object] = {}
-    checksum = end = 0
+    checksum, end = _sum_of(metadata), 0
     for name in order:
         array = arrays[name]
         if array.dtype not in _NAMES:
@@ -48,7 +52,7 @@ def save_file(weights: Mapping[str, np.ndarray], path: Path) -> None:
         begin, end = end, end + array.nbytes
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
         checksum = zlib.crc32(_raw(array), checksum)
-    header["__metadata__"] = {"format": "pt", _CHECKSUM: f"{checksum:08x}"}
+    header["__metadata__"] = {**metadata, _CHECKSUM: f"{checksum:08x}"}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
@@ -63,14 +67,14 @@ def load_file(path: Path) -> dict[str, np.ndarray]:
     """The weights in `path`, writable. Raises OSError, and VersionError naming the file if it is not as written."""
     with path.open("rb") as file:
         header, _ = _read_header(file, path)
-        weights, found = {}, 0
+        weights, found = {}, _sum_of(_metadata(header))
         for name, (dtype, shape, _) in _by_place(header).items():
             array = np.empty(shape, dtype)
             if file.readinto(_raw(array)) != array.nbytes:
                 raise VersionError(f"{path} is torn: it ends within {name}")
             found = zlib.crc32(_raw(array), found)
             weights[name] = array
-    written = header.get("__metadata__", {}).get(_CHECKSUM)
+    written = (header.get("__metadata__") or {}).get(_CHECKSUM)
     if written is not None and written != f"{found:08x}":
         raise VersionError(f"{path} was changed: its checksum is {found:08x}, written was {written}")
     return weights
@@ -88,6 +92,12 @@ def map_file(path: Path) -> dict[str, np.ndarray]:
         name: np.asarray(body[begin : begin + math.prod(shape) * dtype.itemsize]).view(dtype).reshape(shape)
         for name, (dtype, shape, begin) in places.items()
     }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `save_file` was told of the weights. Raises OSError, and VersionError if it is no such file."""
+    with path.open("rb") as file:
+        return _metadata(_read_header(file, path)[0])
 
 
 def is_whole(path: Path) -> bool:
@@ -118,6 +128,15 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, dict], int]:
     if size != 8 + length + end:
         raise VersionError(f"{path} is torn: it has {size} bytes, its header speaks of {8 + length + end}")
     return header, 8 + length
+
+
+def _metadata(header: Mapping[str, dict]) -> dict[str, str]:
+    return {name: text for name, text in (header.get("__metadata__") or {}).items() if name != _CHECKSUM}
+
+
+def _sum_of(metadata: Mapping[str, str]) -> int:
+    """Where the checksum begins: whoever changes an adapter's scale changes the weights."""
+    return 0 if metadata == WHOLE_MODEL else zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
 
 
 def _by_place(header: Mapping[str, dict]) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
