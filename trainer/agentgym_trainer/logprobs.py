@@ -43,7 +43,7 @@ def token_logprobs(
     mask = micro_batch.loss_mask
     num_columns = mask.shape[1]
     rows, columns = mask.nonzero(as_tuple=True)
-    logits = _logits_at(model, micro_batch.token_ids, rows * num_columns + columns - 1)
+    logits = logits_at(model, micro_batch.token_ids, rows * num_columns + columns - 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature != 1.0:
         logits = logits / temperature
@@ -72,7 +72,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _logits_at(model: nn.Module, token_ids: Tensor, positions: Tensor) -> Tensor:
+def logits_at(model: nn.Module, token_ids: Tensor, positions: Tensor) -> Tensor:
     """Logits [n, V] at flat positions [n] of `token_ids` [B, T]. Rows are padded on the right only, so the causal
     mask is all the attention needs."""
     output_layer = unwrap(model).get_output_embeddings()  # type: ignore[operator]

@@ -18,13 +18,17 @@ from agentgym.versions import BFLOAT16, Delta
 from agentgym_trainer.anchors.protocol import VersionChain, VersionSource
 from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
+from agentgym_trainer.lora import base_parameters
+from agentgym_trainer.publish import published_state
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model inside any wrapper, in evaluation mode, without gradients."""
-    frozen = copy.deepcopy(unwrap(model))
+    """A copy of the model inside any wrapper, in evaluation mode, without gradients. The base under an adapter is not
+    copied: nobody writes it, so one is enough for all."""
+    inner = unwrap(model)
+    frozen = copy.deepcopy(inner, {id(parameter): parameter for parameter in base_parameters(inner)})
     # Mixed precision puts a forward of its own on the instance. As a method it is copied with it and keeps scoring and
     # policy in one precision; as a closure it would go on calling the original's weights.
     if getattr(frozen.__dict__.get("forward"), "__self__", None) is not frozen:
@@ -41,6 +45,12 @@ class ScoringModel:
         self._scratch: nn.Module | None = None
         self._version: int | None = None  # of the weights in the scratch copy; None while they are of no version
         self._shifts: dict[str, int | None] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The scratch copy, with the weights last loaded."""
+        assert self._scratch is not None, "load() comes before module"
+        return self._scratch
 
     def bring(self, versions: VersionSource, version: int) -> None:
         """Makes `version` the weights that score: along the deltas where they lead there, else by a full copy. Raises
@@ -64,7 +74,7 @@ class ScoringModel:
         if self._scratch is None:
             self._scratch = frozen_copy(self._model)
         self._version = None
-        state = self._scratch.state_dict(keep_vars=True)
+        state = published_state(self._scratch)
         missing = {tensor.data_ptr(): name for name, tensor in state.items()}
         for name, array in weights.items():
             if name not in state:
@@ -82,7 +92,7 @@ class ScoringModel:
     @torch.no_grad()
     def _switch(self, delta: Delta) -> None:
         assert self._scratch is not None, "load() comes before a switch"
-        state = self._scratch.state_dict(keep_vars=True)
+        state = published_state(self._scratch)
         for name, patch in delta.items():
             target = state[name].detach().view(-1).view(_BITS[state[name].element_size()])
             bits = torch.from_numpy(patch.bits.astype(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
