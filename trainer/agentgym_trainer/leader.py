@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from agentgym.errors import ConfigError, ServiceError
@@ -25,6 +24,7 @@ from agentgym.view.plot import plot_rewards
 from agentgym.view.progress import TrainProgress
 from agentgym.view.tables import final_table
 from agentgym_trainer.checkpoint import Progress
+from agentgym_trainer.publish import Publication
 from agentgym_trainer.run_folder import RunFolder
 from agentgym_trainer.settings import TrainConfig
 
@@ -95,7 +95,8 @@ class Leader:
                 _hold_known(versions, "service", status.live_versions)  # what an earlier run left in its buffer
             else:
                 console.print(f"starting the rollout service for {config.env.id} (log: {folder.path}/service.log)")
-                # What the engine starts with was not rounded: it is version 0 only where nothing is.
+                # What the engine starts with was not rounded: it is version 0 only where nothing is, and where version
+                # 0 is an adapter that does nothing.
                 versions = VersionLog(folder.versions_path, first=0 if _is_published_whole(config) else 1)
                 service = start_service(config.service(), model_folder, folder.path, folder.versions_path)
                 client = stack.enter_context(service)
@@ -104,12 +105,12 @@ class Leader:
             watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
             yield cls(config, folder, client, versions, console, watch)
 
-    def begin(self, weights: Mapping[str, np.ndarray], progress: Progress, started: float) -> None:
+    def begin(self, weights: Publication, progress: Progress, started: float) -> None:
         """Brings the engine to `weights`, measures them, and starts collecting."""
         self._started = started
         self._folder.forget_metrics_from(progress.step + 1)
         fresh = self._versions.latest is None and not self._config.run.service_url and _is_published_whole(self._config)
-        version = self._versions.append(weights)
+        version = self._versions.append(weights.weights, weights.metadata)
         if fresh:  # version 0 is what the engine was started with
             self._served = version
             self._versions.hold("service", [version])
@@ -134,13 +135,11 @@ class Leader:
         self._unacknowledged.append(batch.batch_id)
         return step
 
-    def publish(
-        self, done: int, step: Step, weights: Mapping[str, np.ndarray], metrics: Mapping[str, float]
-    ) -> Mapping[str, float]:
+    def publish(self, done: int, step: Step, weights: Publication, metrics: Mapping[str, float]) -> Mapping[str, float]:
         """After step `done` (counted from 1): new weights to the log and the engine, figures to the run folder.
         Returns the figures."""
         began = time.monotonic()
-        pause_s = self._serve(self._versions.append(weights))
+        pause_s = self._serve(self._versions.append(weights.weights, weights.metadata))
         figures = {
             **step.batch.metrics,
             **metrics,
@@ -243,7 +242,7 @@ def _hold_known(versions: VersionLog, holder: str, referred: Iterable[int]) -> N
 
 
 def _is_published_whole(config: TrainConfig) -> bool:
-    return config.trainer.publish_dtype == "float32"
+    return config.trainer.publish_dtype == "float32" or config.trainer.lora is not None
 
 
 def _read_key(path: Path) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,9 +26,10 @@ from agentgym_trainer.anchors import Proximal, VersionSource, make_anchor
 from agentgym_trainer.batch import MicroBatch, StepRows, build_micro_batches, collect_rows
 from agentgym_trainer.correction import Correction
 from agentgym_trainer.logprobs import token_logprobs, unwrap
+from agentgym_trainer.lora import adapt, checkpoint_adapter_only, is_adapted
 from agentgym_trainer.loss import decoupled_loss
 from agentgym_trainer.metrics import StepMetrics, trajectory_metrics
-from agentgym_trainer.publish import as_published, published_weights
+from agentgym_trainer.publish import Publication, as_published, published_metadata, published_weights
 from agentgym_trainer.settings import LossSection, TrainConfig
 
 
@@ -48,13 +48,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def load_model(folder: Path, config: TrainConfig) -> PreTrainedModel:
-    """The causal language model in `folder`, fp32 masters. Raises InputError if transformers cannot load it."""
+    """The causal language model in `folder`, fp32 masters, with the adapter that `trainer.lora` asks for. Raises
+    InputError if transformers cannot load it."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.name: {folder} does not hold a causal language model: {error}") from error
     if config.trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.trainer.lora is not None:
+        model = cast(  # PEFT's wrapper is a PreTrainedModel to everybody here
+            PreTrainedModel,
+            adapt(model, config.trainer.lora, base_dtype=config.engine.dtype, compute_dtype=config.trainer.dtype),
+        )
     return model.train()
 
 
@@ -68,14 +74,17 @@ class Learner:
         self._config = config
         trainer = config.trainer
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=trainer.learning_rate, betas=trainer.betas, weight_decay=trainer.weight_decay
-        )
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=trainer.learning_rate, betas=trainer.betas, weight_decay=trainer.weight_decay,
+        )  # fmt: skip
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         self._schedule: LRScheduler = get_scheduler(
             trainer.schedule, optimizer, num_warmup_steps=trainer.warmup_steps,
             num_training_steps=trainer.steps * trainer.updates_per_batch,
         )  # fmt: skip
         accelerator.register_for_checkpointing(self._schedule)
+        if is_adapted(self.module):
+            checkpoint_adapter_only(accelerator, self.module)
         with self._as_published():  # an average begins with what engines serve
             self.anchor = make_anchor(
                 trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
@@ -88,9 +97,10 @@ class Learner:
         """The model without wrappers."""
         return cast(PreTrainedModel, unwrap(self._model))
 
-    def published(self) -> dict[str, np.ndarray]:
+    def published(self) -> Publication:
         """The present weights as engines are given them."""
-        return published_weights(self.module, self._config.trainer.publish_dtype)
+        weights = published_weights(self.module, self._config.trainer.publish_dtype)
+        return Publication(weights, published_metadata(self.module))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside model, optimizer and schedule."""

@@ -21,8 +21,9 @@ from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpo
 from agentgym_trainer.exchange import BatchExchange
 from agentgym_trainer.leader import Leader
 from agentgym_trainer.learner import Learner, load_model, make_accelerator
+from agentgym_trainer.lora import require_targets
 from agentgym_trainer.preflight import check
-from agentgym_trainer.publish import save_model
+from agentgym_trainer.publish import published_metadata, save_model
 from agentgym_trainer.run_folder import RunFolder
 from agentgym_trainer.settings import TrainConfig
 
@@ -41,6 +42,8 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
     with accelerator.main_process_first():
         say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
         model_folder = resolve_model(config.model.name, config.env.id, config.model.seed, report=say)
+    if config.trainer.lora is not None:
+        require_targets(model_folder, config.trainer.lora)
     exchange = BatchExchange(accelerator)
     with contextlib.ExitStack() as stack:
         leader = None
@@ -54,7 +57,8 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
                     folder.discard()
                 raise
         paths = exchange.share("paths", leader.paths if leader else None)
-        learner = Learner(accelerator, load_model(model_folder, config), config, VersionReader(paths.versions))
+        model = load_model(model_folder, config)
+        learner = Learner(accelerator, model, config, VersionReader(paths.versions, published_metadata(model)))
         progress, anchor_state = Progress(0, 0, {}, 0.0), None
         if resume is not None and (checkpoints := list_checkpoints(paths.checkpoints)):
             progress, anchor_state = load_checkpoint(accelerator, checkpoints[-1])

@@ -7,23 +7,48 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from agentgym.errors import CheckpointError
-from agentgym.versions import BFLOAT16
+from agentgym.versions import BFLOAT16, WHOLE_MODEL
+from agentgym_trainer.lora import adapter_metadata, adapter_state, is_adapted, merged
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One version as it goes to the log and to engines.
+
+    Example: a model of one weight: `Publication({"w": np.zeros(2, np.float32)}, {"format": "pt"})`.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str]
+
+
+def published_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a version of `model` consists of, by the names that engines find them under, sharing the
+    model's memory: all parameters and persistent buffers, or the adapter's. A tied tensor stands under each name."""
+    return adapter_state(model) if is_adapted(model) else model.state_dict(keep_vars=True)
+
+
+def published_metadata(model: torch.nn.Module) -> Mapping[str, str]:
+    """What the file of a version says of its tensors."""
+    return adapter_metadata(model) if is_adapted(model) else WHOLE_MODEL
 
 
 def published_weights(model: torch.nn.Module, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """The model's parameters and persistent buffers as host arrays, tied tensors once; copies, not views. Those of
-    floating point are in `dtype`, rounded to nearest."""
+    """`published_state` as host arrays, tied tensors once; copies, not views. Those of floating point are in `dtype`,
+    rounded to nearest."""
     weights: dict[str, np.ndarray] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in published_state(model).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             kept = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
@@ -40,7 +65,7 @@ def as_published(model: torch.nn.Module, dtype: str) -> Iterator[None]:
         yield
         return
     rounding = getattr(torch, dtype)
-    state = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied tensors once
+    state = {id(tensor): tensor for tensor in published_state(model).values()}  # tied tensors once
     masters = [tensor.detach() for tensor in state.values() if tensor.is_floating_point() and tensor.dtype != rounding]
     kept = [tensor.clone() for tensor in masters]
     with torch.no_grad():
@@ -60,16 +85,32 @@ def _as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def save_model(model: PreTrainedModel, source: Path, target: Path) -> None:
-    """Writes the trained model to `target` as transformers loads it, with the tokenizer and chat template of the
-    folder it came from; whole or not at all. Raises CheckpointError."""
+def save_model(model: torch.nn.Module, source: Path, target: Path) -> None:
+    """Writes the trained model to `target` as transformers and engines load it, with the tokenizer and chat template of
+    the folder it came from; whole or not at all. An adapter is merged into it, and left as PEFT loads it in the folder
+    `adapter` beside it. Raises CheckpointError."""
+    try:
+        if is_adapted(model):
+            base, weights = merged(model)
+            with _whole(target.with_name("adapter")) as folder:
+                cast(PreTrainedModel, model).save_pretrained(folder)
+        else:
+            base, weights = cast(PreTrainedModel, model), None
+        with _whole(target) as folder:
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.msgpack"))
+            base.save_pretrained(folder, state_dict=weights)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the trained model cannot be written to {target}: {error}") from error
+
+
+@contextlib.contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A path for a folder that takes the place of `target` at the end, unless something went wrong."""
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.msgpack"))
-        model.save_pretrained(partial)
+        yield partial
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except (OSError, RuntimeError) as error:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the trained model cannot be written to {target}: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agentgym.config import Section
 from agentgym.server.settings import ServiceConfig
@@ -45,6 +45,33 @@ class LossSection(Section):
     entropy_coefficient: float = Field(default=0.0, ge=0.0)
 
 
+class LoraSection(Section):
+    """A low-rank adapter beside frozen weights: the adapter is what is trained, published and kept. Whoever cannot hold
+    the optimizer's state of the whole model, or cannot move the whole model at every step, sets `rank`; the learning
+    rate is then some ten times that of the whole model."""
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(default=32, ge=1)  # the adapter counts alpha / rank times
+    dropout: float = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # all but the output layer; or names
+
+    @field_validator("dropout")
+    @classmethod
+    def _none(cls, value: float) -> float:
+        if value != 0.0:
+            raise ValueError(
+                f"must be 0, got {value}: old logprobs, engines and the policy would each drop something else"
+            )
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError('must name modules, such as ["q_proj", "v_proj"], or be "all-linear"')
+        return value
+
+
 class TrainerSection(Section):
     """The optimizer's side of a run."""
 
@@ -63,6 +90,7 @@ class TrainerSection(Section):
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     publish_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 where the engine serves it: small deltas
+    lora: LoraSection | None = None  # None: all weights are trained
     threads: int = Field(default=1, ge=1)  # compute threads per trainer process on a CPU
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -106,6 +134,15 @@ class TrainConfig(ServiceConfig):
             raise ValueError(
                 f"trainer.updates_per_batch ({self.trainer.updates_per_batch}) must be <= "
                 f"rollout.groups_per_step ({self.rollout.groups_per_step}): each update needs a group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_reaches_the_engine(self) -> TrainConfig:
+        if self.trainer.lora and self.engine.dtype == "bfloat16" and self.trainer.publish_dtype == "float32":
+            raise ValueError(
+                "trainer.publish_dtype must be 'bfloat16' with trainer.lora where engine.dtype is 'bfloat16', got "
+                "'float32': the engine would round the adapter, and no old logprob would be of what it serves"
             )
         return self
 

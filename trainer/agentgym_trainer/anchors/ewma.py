@@ -21,6 +21,7 @@ from agentgym_trainer.anchors.protocol import Proximal, require_finite
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
+from agentgym_trainer.publish import published_state
 
 RESET_BELOW = 0.9  # tau: the active fraction below which the anchor lets its history go
 
@@ -80,7 +81,8 @@ class EwmaAnchor:
         self._beta = 0.0 if reset else decay_of(mean_lag, self._max_staleness)
         self._num_resets += reset
         for average, parameter in zip(self._average.parameters(), current.parameters(), strict=True):
-            average_in(average, parameter, self._weight, self._beta)
+            if average is not parameter:  # it is, where both hold one frozen base under their adapters
+                average_in(average, parameter, self._weight, self._beta)
         for copied, buffer in zip(self._average.buffers(), current.buffers(), strict=True):
             copied.copy_(buffer)
         weight = self._beta * self._weight + 1.0
@@ -105,13 +107,24 @@ class EwmaAnchor:
             "age": self._age,
             "beta": self._beta,
             "num_resets": self._num_resets,
-            "average": {name: tensor.clone() for name, tensor in self._average.state_dict().items()},
+            "average": {name: tensor.detach().clone() for name, tensor in published_state(self._average).items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         try:
-            self._average.load_state_dict(state["average"])
+            _copy_into(published_state(self._average), state["average"])
             self._weight, self._age, self._beta = state["weight"], state["age"], state["beta"]
             self._num_resets = state["num_resets"]
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint's ewma anchor does not fit this model: {error}") from error
+
+
+@torch.no_grad()
+def _copy_into(held: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raises KeyError or RuntimeError, changing nothing, for tensors of another model."""
+    if held.keys() != saved.keys():
+        raise KeyError(min(held.keys() ^ saved.keys()))
+    if wrong := [name for name in held if held[name].shape != saved[name].shape]:
+        raise RuntimeError(f"{wrong[0]!r} has shape {list(saved[wrong[0]].shape)}, not {list(held[wrong[0]].shape)}")
+    for name, tensor in held.items():
+        tensor.copy_(saved[name])
