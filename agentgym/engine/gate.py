@@ -5,20 +5,24 @@ requests go on from behind their partial tokens: what was sampled before is pref
 keys of another version. "wait" lets running requests end first, while no other begins. "keep" holds running requests
 and lets them go on with the keys they have: cheapest, and what is sampled then is the forward of no version;
 kv_versions say which tokens those are. Must never know a message, or what an engine is made of.
+
+A pause closes the gate without a publication: running requests are interrupted, and go on when a publication comes,
+when it is ended, or when its time is over, so that whoever paused may crash.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from agentgym.engine.protocol import Engine, WeightUpdate
-from agentgym.errors import EngineError, VersionError
+from agentgym.errors import EngineError, InputError, VersionError
 from agentgym.policy import Completion, FinishReason, OnTokens, SamplingParams, Segment
 
 _log = logging.getLogger(__name__)
@@ -36,6 +40,7 @@ class PublishReport:
     pause_s: float  # nothing was sampled for so long
     total_s: float  # pause_s, the preparation, and the wait for earlier publications and (mode "wait") running requests
     mode: PublishMode
+    ended_pause: int | None = None  # the pause that it ended; pause_s counts from its beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,35 @@ class Publications:
     failed: int
     pause_s: float  # of all together
     last: PublishReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The pause under way. Example: `Pause(pause_id=4, since=12.5, until=42.5)`, seconds of `time.monotonic`."""
+
+    pause_id: int
+    since: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pauses:
+    """All pauses since the start. Example: `Pauses(done=9, expired=1)`."""
+
+    done: int
+    expired: int  # of them, ended by their time limit: whoever paused did not say that it was over
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A completion that is being sampled, up to its last interruption: segments that ended."""
+
+    session: str | None
+    prompt_ids: Sequence[int]
+    segments: list[Segment] = field(default_factory=list)
+
+
+OnCompletion = Callable[[Sequence[int], SamplingParams, Completion], None]
 
 
 class VersionedPolicy:
@@ -70,6 +104,22 @@ class VersionedPolicy:
         self._drained = asyncio.Event()
         self._drained.set()
         self.publications = Publications(0, 0, 0.0, None)
+        self.pauses = Pauses(0, 0)
+        self.on_completion: OnCompletion = lambda prompt_ids, params, completion: (
+            None
+        )  # told of each, before its caller
+        self._in_flight: dict[int, InFlight] = {}
+        self._numbers = itertools.count()
+        self._pause: Pause | None = None
+        self._expiry: asyncio.Task[None] | None = None
+
+    @property
+    def pause_under_way(self) -> Pause | None:
+        return self._pause
+
+    def in_flight(self) -> Iterator[InFlight]:
+        """The completions being sampled now. While paused, they hold all that was sampled."""
+        return iter(list(self._in_flight.values()))
 
     @property
     def publishing(self) -> int | None:
@@ -89,8 +139,19 @@ class VersionedPolicy:
         Raises PromptTooLongError, EngineError, EngineDiedError, or VersionError when the engine serves a version that
         was not published through this gate.
         """
+        number = next(self._numbers)
+        under_way = self._in_flight[number] = InFlight(params.session, prompt_ids)
+        try:
+            completion = await self._complete(prompt_ids, params, on_tokens, under_way.segments)
+            self.on_completion(prompt_ids, params, completion)
+        finally:
+            del self._in_flight[number]
+        return completion
+
+    async def _complete(
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None, segments: list[Segment]
+    ) -> Completion:
         context = list(prompt_ids)
-        segments: list[Segment] = []
         sampled = 0
         empty = 0
         while True:
@@ -124,9 +185,65 @@ class VersionedPolicy:
             if not self._sampling:
                 self._drained.set()
 
+    async def pause(self, limit_s: float) -> Pause:
+        """Interrupts all sampling until the next publication or `resume`, but at most `limit_s` from now. During a
+        pause: gives it so much time from now on; the same `pause_id` then says that nothing was sampled in between.
+
+        When it returns, `in_flight` holds every token that was sampled. Raises EngineError; then sampling goes on.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._begin_pause(limit_s)))
+
+    async def _begin_pause(self, limit_s: float) -> Pause:
+        if not 0.0 < limit_s < float("inf"):
+            raise InputError(f"a pause needs a time limit in seconds, got {limit_s}")
+        async with self._turn:
+            now = time.monotonic()
+            if self._pause is None:
+                self._open.clear()
+                try:
+                    await self.engine.pause("abort")
+                except EngineError:
+                    self._open.set()
+                    raise
+                await self._drained.wait()
+                self._pause = Pause(next(self._numbers), now, now)
+                self._expiry = asyncio.create_task(self._expire(self._pause.pause_id))
+            self._pause = dataclasses.replace(self._pause, until=time.monotonic() + limit_s)
+            return self._pause
+
+    async def resume(self) -> None:
+        """Ends the pause under way, if there is one. Raises EngineError."""
+        async with self._turn:
+            if self._pause is not None:
+                await self._end_pause()
+
+    async def _end_pause(self, expired: bool = False) -> None:
+        try:
+            await self.engine.resume()
+        finally:  # also when the engine died: whoever waits shall learn it from the engine
+            self._note_end_of_pause(expired)
+            self._open.set()
+
+    def _note_end_of_pause(self, expired: bool = False) -> None:
+        self._pause = None
+        self.pauses = Pauses(self.pauses.done + 1, self.pauses.expired + expired)
+        if self._expiry is not None and not expired:
+            self._expiry.cancel()
+
+    async def _expire(self, pause_id: int) -> None:
+        while self._pause is not None and self._pause.pause_id == pause_id:
+            if (left := self._pause.until - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+                continue
+            async with self._turn:
+                pause = self._pause
+                if pause is not None and pause.pause_id == pause_id and pause.until <= time.monotonic():
+                    _log.warning("a pause was neither ended nor followed by a publication in time; sampling goes on")
+                    await self._end_pause(expired=True)
+
     async def publish(self, update: WeightUpdate, mode: PublishMode | None = None) -> PublishReport:
         """Serves `update` from now on; one publication at a time, in the order of the calls. `mode` is that of this
-        policy where none is given.
+        policy where none is given. Ends a pause, in any case.
 
         Raises VersionError or EngineError, and then the old version goes on being served. A cancelled caller does not
         stop a publication half-way.
@@ -153,12 +270,13 @@ class VersionedPolicy:
                     "and versions only go up"
                 )
             await self.engine.prepare(update)
+            paused = self._pause
             self._closed_for = update.version
             self._open.clear()
             try:
                 if mode == "wait":
                     await self._drained.wait()
-                closed = time.perf_counter()
+                closed = time.perf_counter() - (time.monotonic() - paused.since if paused else 0.0)
                 await self.engine.pause("keep" if mode == "keep" else "abort")
                 try:
                     await self.engine.load(update)
@@ -166,10 +284,13 @@ class VersionedPolicy:
                 finally:
                     await self.engine.resume()
             finally:  # also when the engine died: whoever waits shall learn it from the engine
+                if paused:
+                    self._note_end_of_pause()
                 self._open.set()
                 self._closed_for = None
             now = time.perf_counter()
-            return PublishReport(update.version, pause_s=now - closed, total_s=now - asked, mode=mode)
+            ended = paused.pause_id if paused else None
+            return PublishReport(update.version, now - closed, now - asked, mode, ended)
 
     async def _pass(self, sampled: int) -> None:
         """Waits at the closed gate, and says in the log what for."""

@@ -26,11 +26,12 @@ from agentgym.rollout.buffer import Discard, DiscardReason, GroupBuffer, ReadyGr
 from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, run_episode
 from agentgym.rollout.limits import EpisodeLimits
+from agentgym.rollout.live_feed import LiveFeed
 from agentgym.rollout.sampler import Sampler
 from agentgym.rollout.schedule import Schedule, ScheduledTask
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import StepCounts, summarize
-from agentgym.trajectory import EpisodeStatus, Trajectory
+from agentgym.trajectory import EpisodeStatus, Trajectory, to_sequences
 
 log = logging.getLogger(__name__)
 SHOWN = 8  # episodes that a stall warning describes one by one
@@ -73,6 +74,7 @@ class Collector:
         self._schedule = schedule
         self._store = store
         self._buffer = GroupBuffer(settings.group_size, settings.groups_per_step, settings.max_staleness)
+        self.feed = LiveFeed(policy)
         self._outside: Outside | None = None
         self._tasks: dict[str, ScheduledTask | OutsideTask] = {}  # of groups neither consumed nor discarded
         self._waiting: deque[_Attempt] = deque()
@@ -132,7 +134,8 @@ class Collector:
         return f"{ready} of {needed} groups ready; episodes: {doing}{idle if self._running else ''}{self._paused()}"
 
     def _paused(self) -> str:
-        return "" if self._collecting else "; collecting is paused"
+        sampling = "; sampling is paused" if self._policy.pause_under_way else ""
+        return sampling if self._collecting else f"{sampling}; collecting is paused"
 
     # ---------------------------------------------------------------------------------------------------- orders
 
@@ -224,6 +227,7 @@ class Collector:
         self.failed += 1
         self._step.failed += 1
         log.warning("episode %s failed: %s", trajectory.trajectory_id, trajectory.error)
+        self.feed.forget([trajectory.trajectory_id])
         self._store.put(trajectory)
 
     def keep(self, trajectory: Trajectory) -> None:
@@ -290,6 +294,7 @@ class Collector:
             temperature=self.settings.temperature,
         )
         progress = EpisodeProgress(self._served_version)
+        self.feed.begin(trajectory_id, attempt.group_id)
         task = asyncio.create_task(self._play(attempt, plan, progress))
         self._running[task] = (trajectory_id, progress)
         task.add_done_callback(self._reap)
@@ -312,6 +317,7 @@ class Collector:
         self.failed += 1
         self._step.failed += 1
         self._failures_in_a_row += 1
+        self.feed.forget([trajectory.trajectory_id])
         log.warning("episode %s failed: %s", trajectory.trajectory_id, trajectory.error)
         self._store.put(trajectory)
         if self._sampler.death is not None:
@@ -330,6 +336,8 @@ class Collector:
             self._put(trajectory)
 
     def _put(self, trajectory: Trajectory) -> None:
+        if trajectory.status is not EpisodeStatus.FAILED:
+            self.feed.end(trajectory.trajectory_id, trajectory.group_id, to_sequences(trajectory))
         discard = self._buffer.put(trajectory, self._policy.policy_version)
         if discard is not None:
             self._discard(discard)
@@ -339,6 +347,7 @@ class Collector:
         log.warning("group %s discarded (%s): %s", discard.group_id, discard.reason.value, discard.detail)
         self.discarded[discard.reason.value] += 1
         self._step.discarded[discard.reason.value] += 1
+        self.feed.forget_group(discard.group_id)
         self._settle(discard.group_id)
 
     def _settle(self, group_id: str) -> ScheduledTask | OutsideTask:
@@ -365,6 +374,7 @@ class Collector:
             for member in group.members:
                 self._store.put(member)
         self._store.write(step)
+        self.feed.forget(member.trajectory_id for group in groups for member in group.members)
         tasks = tuple(self._settle(group.group_id) for group in groups)
         counts, self._step = self._step, StepCounts()
         self._fill()

@@ -77,6 +77,7 @@ class Intake:
         group.open.add(episode_id)
         group.touched = self._clock()
         self._of[episode_id] = group
+        self._collector.feed.begin(episode_id, group.group_id)
         return group.group_id
 
     def finish(self, episode_id: str, trajectory: Trajectory) -> None:

@@ -22,7 +22,7 @@ import httpx
 from agentgym.errors import AgentGymError, InputError, ServiceError, UnavailableError
 from agentgym.server import wire
 from agentgym.server.settings import ServiceConfig
-from agentgym.server.wire import Batch, Evaluation, PublishReport, ServiceStatus
+from agentgym.server.wire import Batch, Evaluation, FeedPage, PauseReport, PublishReport, ServiceStatus
 
 POLL_S = 5.0  # how long one request of a long wait may take
 STARTUP_S = 180.0  # loading transformers, the model and, for sandboxes, Docker
@@ -45,6 +45,8 @@ class ServiceClient:
         self, url: str, key: str, *, timeout_s: float = 60.0, explain_death: Callable[[], str | None] | None = None
     ) -> None:
         self.url = url.rstrip("/")
+        self._key = key
+        self._timeout_s = timeout_s
         self._explain_death = explain_death or (lambda: None)
         self._http = httpx.Client(
             base_url=f"{self.url}/trainer",
@@ -62,6 +64,10 @@ class ServiceClient:
     def close(self) -> None:
         """Ends the connection; the service goes on."""
         self._http.close()
+
+    def another(self) -> ServiceClient:
+        """A second connection to the same service, for another thread; to be closed like this one."""
+        return ServiceClient(self.url, self._key, timeout_s=self._timeout_s, explain_death=self._explain_death)
 
     # ------------------------------------------------------------------------------------------------- questions
 
@@ -114,6 +120,21 @@ class ServiceClient:
         """Has the engine serve the weights in `path`, a file in the versions folder that the service was started
         with. Raises VersionError if `version` is not newer than the one served."""
         return self._post("/publish", wire.PublishRequest(version, str(path)), PublishReport)
+
+    def feed(self, cursor: int = 0, max_tokens: int = 65_536) -> FeedPage:
+        """What the token rows of buffered and in-flight trajectories grew by since `cursor`, completions up to their
+        last interruption included; at most `max_tokens`, or one piece. `live is None` says that more is there."""
+        return self._post("/feed", wire.FeedRequest(cursor, max_tokens), FeedPage)
+
+    def pause(self, limit_s: float) -> PauseReport:
+        """Interrupts all sampling until the next publication or `resume`; by itself it ends after `limit_s`, so that a
+        trainer may crash. During a pause: gives it `limit_s` more from now on, and returns the same `pause_id`; another
+        id says that sampling went on in between."""
+        return self._post("/pause", wire.PauseRequest(limit_s), PauseReport)
+
+    def resume(self) -> None:
+        """Ends a pause without a publication."""
+        self._post("/resume", wire.Done(), wire.Done)
 
     def acknowledge(self, batch_id: str) -> None:
         """Says that a durable checkpoint contains this batch's update; the service forgets the batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,11 +86,15 @@ class Health:
         await self._status()
         policy = self._service.policy
         last = policy.publications.last
+        pause, now = policy.pause_under_way, time.monotonic()
         return {
             "object": "policy",
             "model": self._service.model_name,
             "policy_version": policy.policy_version,
             "publishing": policy.publishing,
+            "pause": pause
+            and {"pause_id": pause.pause_id, "since_s": now - pause.since, "left_s": max(pause.until - now, 0.0)},
+            "pauses": {"done": policy.pauses.done, "expired": policy.pauses.expired},
             "publications": {"done": policy.publications.done, "failed": policy.publications.failed},
             "last_publication": last
             and {"version": last.version, "mode": last.mode, "pause_s": last.pause_s, "total_s": last.total_s},
@@ -133,6 +138,10 @@ class Health:
         )
         last = done.last.pause_s if done.last else 0.0
         yield Reading("agentgym_last_publication_pause_seconds", "The pause of the last publication.", last)
+        yield Reading("agentgym_paused", "Whether a trainer has paused sampling.", float(bool(policy.pause_under_way)))
+        pauses = policy.pauses
+        yield Reading("agentgym_pauses", "Pauses.", pauses.done - pauses.expired, {"end": "asked"}, "counter")
+        yield Reading("agentgym_pauses", "Pauses.", pauses.expired, {"end": "expired"}, "counter")
         yield Reading("agentgym_http_running", "Requests being answered.", self.door.running if self.door else 0)
         if self._stats is not None:
             stats = self._stats

@@ -24,6 +24,7 @@ from agentgym.render import ChatTemplateRenderer, load_renderer
 from agentgym.rollout.collector import CollectedBatch, Collector, CollectorSettings
 from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.evaluation import plan_evaluation, run_evaluation
+from agentgym.rollout.feed import FeedPage
 from agentgym.rollout.limits import EpisodeLimits
 from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.store import TrajectoryStore
@@ -33,7 +34,16 @@ from agentgym.server.engines import start_engine
 from agentgym.server.replies import vocabulary_size
 from agentgym.server.sessions import Sessions
 from agentgym.server.settings import ServiceConfig
-from agentgym.server.wire import Batch, Evaluation, Group, PublishReport, ServiceStatus
+from agentgym.server.wire import (
+    MAX_FEED_TOKENS,
+    MAX_PAUSE_S,
+    Batch,
+    Evaluation,
+    Group,
+    PauseReport,
+    PublishReport,
+    ServiceStatus,
+)
 from agentgym.trajectory import EpisodeStatus, Trajectory, to_scored_sequences
 
 EngineFactory = Callable[[ServiceConfig, Path], Awaitable[Engine]]
@@ -199,7 +209,25 @@ class RolloutService:
         if not exists:
             raise InputError(f"there are no weights at {path}")
         report = await self.collector.publish(WeightUpdate(version, file))
-        return PublishReport(report.version, report.pause_s, report.total_s, self.collector.live_versions())
+        live = self.collector.live_versions()
+        return PublishReport(report.version, report.pause_s, report.total_s, live, report.ended_pause)
+
+    def feed(self, cursor: int, max_tokens: int) -> FeedPage:
+        """The token rows of every trajectory that is buffered or in flight, as they grew since `cursor`."""
+        if not 1 <= max_tokens <= MAX_FEED_TOKENS:
+            raise InputError(f"a page of the feed holds 1 to {MAX_FEED_TOKENS} tokens, got max_tokens {max_tokens}")
+        return self.collector.feed.page(cursor, max_tokens)
+
+    async def pause(self, limit_s: float) -> PauseReport:
+        """Interrupts all sampling until the next publication or `resume`, but for no longer than `limit_s`."""
+        if not 0.0 < limit_s <= MAX_PAUSE_S:
+            raise InputError(f"a pause lasts up to {MAX_PAUSE_S:g} s, got limit_s {limit_s}")
+        pause = await self.policy.pause(limit_s)
+        return PauseReport(pause.pause_id, self.policy.policy_version)
+
+    async def resume(self) -> None:
+        """Ends a pause; nothing happens where there is none."""
+        await self.policy.resume()
 
     def acknowledge(self, batch_id: str) -> None:
         if batch_id not in self._unacknowledged:

@@ -44,6 +44,20 @@ def trainer_router(service: RolloutService, stop: Callable[[], None]) -> APIRout
         asked = await _read(request, wire.PublishRequest)
         return _answer(await service.publish(asked.version, asked.path))
 
+    @router.post("/feed")
+    async def feed(request: Request) -> Response:
+        asked = await _read(request, wire.FeedRequest)
+        return _answer(service.feed(asked.cursor, asked.max_tokens))
+
+    @router.post("/pause")
+    async def pause(request: Request) -> Response:
+        return _answer(await service.pause((await _read(request, wire.PauseRequest)).limit_s))
+
+    @router.post("/resume")
+    async def resume() -> Response:
+        await service.resume()
+        return _answer(Done())
+
     @router.post("/acknowledge")
     async def acknowledge(request: Request) -> Response:
         service.acknowledge((await _read(request, wire.AcknowledgeRequest)).batch_id)

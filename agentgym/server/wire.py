@@ -13,9 +13,13 @@ import msgspec
 
 from agentgym import errors
 from agentgym.errors import AgentGymError, ServiceError
+from agentgym.rollout.feed import FeedPage as FeedPage
+from agentgym.rollout.feed import Piece as Piece
 from agentgym.trajectory import ScoredSequences
 
 CONTENT_TYPE = "application/msgpack"
+MAX_FEED_TOKENS = 1_000_000  # of one page
+MAX_PAUSE_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,19 @@ class PublishReport:
     pause_s: float
     total_s: float
     live_versions: tuple[int, ...]
+    ended_pause: int | None = None  # the pause that it ended; pause_s counts from its beginning
+
+
+@dataclass(frozen=True, slots=True)
+class PauseReport:
+    """Nothing is sampled until the next publication, `resume`, or the end of the time. The id of a pause that was only
+    lengthened is the same as before.
+
+    Example: `PauseReport(pause_id=4, policy_version=3)`.
+    """
+
+    pause_id: int
+    policy_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +148,17 @@ class PublishRequest:
 @dataclass(frozen=True, slots=True)
 class AcknowledgeRequest:
     batch_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FeedRequest:
+    cursor: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PauseRequest:
+    limit_s: float
 
 
 @dataclass(frozen=True, slots=True)
