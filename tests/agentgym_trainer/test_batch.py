@@ -184,3 +184,19 @@ def test_a_sampled_token_without_a_version_is_refused() -> None:
 def test_as_many_advantages_as_trajectories() -> None:
     with pytest.raises(InputError, match="1 trajectories and 2 advantages"):
         collect_rows([trajectory("a", sequence(4))], advantages(1.0, 2.0))
+
+
+def test_every_row_says_which_trajectory_it_is_of() -> None:
+    short, long = TokenSequence((1, 5), (False, True), (0.0, -1.0), (-1, 0), (-1, 0)), plain_rows([4])[0].sequence
+    silent = TokenSequence((1, 5), (False, False), (0.0, 0.0), (-1, -1), (-1, -1))
+    trajectories = [
+        ScoredSequences(name, "g", "e", EpisodeStatus.TERMINATED, 0.0, True, {}, sequences, 9)
+        for name, sequences in (("a", (long,)), ("b", (short, silent, long)))
+    ]
+    rows = collect_rows(trajectories, Advantages(np.zeros(2), np.array([True, True]), (), 0)).rows
+    assert [(row.key.trajectory_id, row.key.row) for row in rows if row.key] == [("a", 0), ("b", 0), ("b", 2)]
+    shares = [build_micro_batches(rows, max_tokens=100, rank=rank, world_size=2) for rank in range(2)]
+    for batch in (batch for share in shares for batch in share):
+        assert batch.to("cpu").keys == batch.keys
+        expected = [None if row_id == PADDING_ROW else rows[row_id].key for row_id in batch.row_ids.tolist()]
+        assert list(batch.keys) == expected

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,6 +29,14 @@ PADDING_ROW = -1  # row id of a row that only fills a rank's share
 
 
 @dataclass(frozen=True, slots=True)
+class RowKey:
+    """Where a row comes from: what its old logprobs are looked up by. Example: `RowKey("g-000004.2", 0)`."""
+
+    trajectory_id: str
+    row: int  # its place among the trajectory's token sequences
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One token sequence of a step and the advantage of its trajectory.
 
@@ -37,6 +45,7 @@ class Row:
 
     sequence: TokenSequence
     advantage: float
+    key: RowKey | None = None  # None: of no trajectory, made by hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ class MicroBatch:
     kv_versions: Tensor  # [B, T] int64
     advantages: Tensor  # [B, T] float32, a row's advantage on each of its tokens
     row_ids: Tensor  # [B] int64: index into StepRows.rows; PADDING_ROW for a row that only fills
+    keys: tuple[RowKey | None, ...] = ()  # [B] of the rows; None for one that only fills
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +91,9 @@ class MicroBatch:
         return self.token_ids.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        return MicroBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in columns.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def collect_rows(
@@ -96,12 +108,12 @@ def collect_rows(
         if not included:
             continue
         num_sampled += trajectory.num_sampled_tokens
-        for sequence in trajectory.sequences:
+        for number, sequence in enumerate(trajectory.sequences):
             if max_seq_len is not None and len(sequence) > max_seq_len:
                 num_too_long += 1
             elif sequence.num_loss_tokens:
                 _check(sequence, trajectory.trajectory_id)
-                rows.append(Row(sequence, float(value)))
+                rows.append(Row(sequence, float(value), RowKey(trajectory.trajectory_id, number)))
                 num_delivered += sequence.num_loss_tokens
     num_finite = count_loss_tokens(row.sequence for row in rows)
     return StepRows(
@@ -198,6 +210,7 @@ def _assemble(rows: Sequence[Row], indices: Sequence[int]) -> MicroBatch:
         kv_versions=column([s.kv_versions for s in chosen], NO_VERSION, torch.int64),
         advantages=advantages[:, None].expand(-1, width).contiguous(),
         row_ids=torch.tensor(list(indices) or [PADDING_ROW]),
+        keys=tuple(rows[index].key for index in indices) or (None,),
     )
 
 

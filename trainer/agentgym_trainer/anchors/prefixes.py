@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agentgym.trajectory import NO_VERSION
-from agentgym_trainer.batch import MicroBatch, plan_cuts
+from agentgym_trainer.batch import MicroBatch, RowKey, plan_cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,12 @@ def gather(micro_batches: Sequence[MicroBatch], masks: Sequence[Tensor], prefixe
         kv_versions=table([batch.kv_versions for batch in micro_batches], NO_VERSION),
         advantages=table([batch.advantages for batch in micro_batches], 0.0),
         row_ids=torch.stack([micro_batches[prefix.micro_batch].row_ids[prefix.row] for prefix in prefixes]),
+        keys=tuple(_key(micro_batches[prefix.micro_batch], prefix.row) for prefix in prefixes),
     )
+
+
+def _key(batch: MicroBatch, row: int) -> RowKey | None:
+    return batch.keys[row] if batch.keys else None
 
 
 def scatter(scored: Tensor, prefixes: Sequence[Prefix], masks: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
