@@ -14,9 +14,11 @@ from torch import Tensor
 
 from agentgym_trainer import correction as correction_module
 from agentgym_trainer import loss as loss_module
+from agentgym_trainer import objectives as objectives_module
 from agentgym_trainer.anchors.ewma import average_in
-from agentgym_trainer.correction import Corrected, Correction, apply_correction, log_ratio
+from agentgym_trainer.correction import Corrected, Correction, TokenRatios, apply_correction, log_ratio
 from agentgym_trainer.loss import decoupled_loss
+from agentgym_trainer.objectives import Ppo
 
 V, T = 3, 3
 CLIP_LOW, CLIP_HIGH = 0.15, 0.4  # asymmetric, so that a swapped threshold shows
@@ -91,7 +93,7 @@ def instance(seed: int) -> Instance:
 def loss_of(case: Instance, theta: Tensor, proximal: Tensor, correction: Correction) -> Tensor:
     return decoupled_loss(
         logprobs(theta), proximal, case.behavior, case.advantages, case.mask, correction=correction,
-        denominator=float(case.mask.sum()), clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
+        denominator=float(case.mask.sum()), objective=Ppo(CLIP_LOW, CLIP_HIGH),
     )[0]  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def test_the_instance_exercises_every_branch() -> None:
     case = instance(0)
     loss, terms = decoupled_loss(
         logprobs(case.theta), case.proximal["snapshot"], case.behavior, case.advantages, case.mask,
-        correction=Correction("token_mask", 1.25), denominator=1.0, clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
+        correction=Correction("token_mask", 1.25), denominator=1.0, objective=Ppo(CLIP_LOW, CLIP_HIGH),
     )  # fmt: skip
     assert loss.isfinite()
     for branch in (
@@ -186,14 +188,14 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _mask_without_lower_bound(correction: Correction, log_discrepancy: Tensor, loss_mask: Tensor) -> Corrected:
-    plain = apply_correction(correction, log_discrepancy, loss_mask)
-    return Corrected(plain.weights, log_discrepancy.exp() <= correction.bound)
+def _mask_without_lower_bound(correction: Correction, ratios: TokenRatios) -> Corrected:
+    plain = apply_correction(correction, ratios)
+    return dataclasses.replace(plain, mask_pass=ratios.log_discrepancy.exp() <= correction.bound)
 
 
-def _truncate_from_below(correction: Correction, log_discrepancy: Tensor, loss_mask: Tensor) -> Corrected:
-    plain = apply_correction(correction, log_discrepancy, loss_mask)
-    return Corrected(log_discrepancy.exp().clamp(min=correction.bound), plain.mask_pass)
+def _truncate_from_below(correction: Correction, ratios: TokenRatios) -> Corrected:
+    plain = apply_correction(correction, ratios)
+    return dataclasses.replace(plain, weights=ratios.log_discrepancy.exp().clamp(min=correction.bound))
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: c.kind)
@@ -221,18 +223,20 @@ def test_mutant_corrections_are_refused(
 
 
 def test_mutant_with_swapped_ratios_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "log_ratio", lambda numerator, denominator: log_ratio(denominator, numerator))
+    monkeypatch.setattr(
+        objectives_module, "log_ratio", lambda numerator, denominator: log_ratio(denominator, numerator)
+    )
     with pytest.raises(AssertionError):
         check_law_b(instance(0), "snapshot", Correction("token_mask", 1.25))
 
 
 def test_mutant_with_swapped_clip_bounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = decoupled_loss
+    original = objectives_module._clipped
 
-    def swapped(*args: Tensor, clip_low: float, clip_high: float, **kwargs: object) -> object:
-        return original(*args, clip_low=clip_high, clip_high=clip_low, **kwargs)  # type: ignore[arg-type]
+    def swapped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None) -> object:
+        return original(ratio, advantages, high, low, dual)
 
-    monkeypatch.setitem(globals(), "decoupled_loss", swapped)
+    monkeypatch.setattr(objectives_module, "_clipped", swapped)
     with pytest.raises(AssertionError):
         check_law_b(instance(0), "snapshot", Correction("none"))
 
@@ -286,7 +290,7 @@ def test_under_the_token_mask_every_active_token_has_coefficient_r_times_a(ancho
     policy = logprobs(case.theta).requires_grad_()
     loss, terms = decoupled_loss(
         policy, case.proximal[anchor], case.behavior, case.advantages, case.mask,
-        correction=Correction("token_mask", 1.25), denominator=1.0, clip_low=CLIP_LOW, clip_high=CLIP_HIGH,
+        correction=Correction("token_mask", 1.25), denominator=1.0, objective=Ppo(CLIP_LOW, CLIP_HIGH),
     )  # fmt: skip
     loss.backward()
     assert policy.grad is not None

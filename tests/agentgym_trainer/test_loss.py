@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agentgym.errors import ConfigError, TrainingError, UnknownNameError
-from agentgym_trainer.correction import Correction, apply_correction, log_ratio
+from agentgym_trainer.correction import CORRECTIONS, Correction, TokenRatios, apply_correction, log_ratio
 from agentgym_trainer.loss import TokenTerms, decoupled_loss
+from agentgym_trainer.objectives import Ppo
 
 NONE = Correction("none")
 LOGPROBS = st.floats(-12.0, 0.0)
@@ -28,7 +29,7 @@ def token(
     mask = torch.tensor([True])
     loss, terms = decoupled_loss(
         policy, proximal, behavior, torch.tensor([advantage]).double(), mask,
-        correction=correction, denominator=1.0, **bounds,  # type: ignore[arg-type]
+        correction=correction, denominator=1.0, objective=Ppo(**bounds),
     )  # fmt: skip
     loss.backward()
     assert policy.grad is not None
@@ -174,7 +175,10 @@ def test_corrections_that_make_no_sense_are_refused() -> None:
 
 
 def test_a_correction_has_no_gradient_to_give() -> None:
-    log_discrepancy = torch.zeros(3, requires_grad=True)
-    for correction in (NONE, Correction("token_mask"), Correction("token_truncate")):
-        corrected = apply_correction(correction, log_discrepancy, torch.ones(3, dtype=torch.bool))
+    proximal = torch.zeros(3, requires_grad=True)
+    zeros = torch.zeros(3)
+    for kind in CORRECTIONS:
+        ratios = TokenRatios(proximal - zeros, proximal, zeros, zeros, torch.ones(3, dtype=torch.bool))
+        corrected = apply_correction(Correction(kind), ratios)  # type: ignore[arg-type]
         assert not corrected.weights.requires_grad
+        assert not corrected.mask_pass.requires_grad

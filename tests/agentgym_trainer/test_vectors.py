@@ -17,6 +17,7 @@ from agentgym_trainer.batch import MicroBatch, count_loss_tokens
 from agentgym_trainer.correction import Correction
 from agentgym_trainer.loss import TokenTerms, decoupled_loss
 from agentgym_trainer.metrics import StepMetrics
+from agentgym_trainer.objectives import Ppo
 
 _NAME = "vectors/decoupled_objective.json"
 _TESTS = Path(__file__).parents[1]
@@ -49,8 +50,7 @@ def evaluate(
         mask,
         correction=correction,
         denominator=float((mask & behavior.isfinite()).sum()),
-        clip_low=vectors["constants"]["clip_low"],
-        clip_high=vectors["constants"]["clip_high"],
+        objective=Ppo(vectors["constants"]["clip_low"], vectors["constants"]["clip_high"]),
     )
     loss.backward()
     assert policy.grad is not None

@@ -52,11 +52,13 @@ class Row:
 class StepRows:
     """The rows of one optimizer step over all ranks, and what was counted before anything was masked.
 
-    Example: two rows of 3 loss tokens each, one of them with a nan logprob: num_loss_tokens 5, num_dropped 1.
+    Example: two rows of 3 loss tokens each, one of them with a nan logprob: num_loss_tokens 5, num_loss_rows 2,
+    num_dropped 1.
     """
 
     rows: tuple[Row, ...]
     num_loss_tokens: int  # with a finite behavior logprob: the loss's denominator
+    num_loss_rows: int  # with such a token: the denominator of objectives by row
     num_dropped: int  # loss tokens without one
     num_sampled_tokens: int  # of the included trajectories
     num_undelivered: int  # loss tokens of rows longer than max_seq_len, and sampled tokens that no row holds
@@ -119,12 +121,18 @@ def collect_rows(
     return StepRows(
         tuple(rows),
         num_loss_tokens=num_finite,
+        num_loss_rows=count_loss_rows(row.sequence for row in rows),
         num_dropped=num_delivered - num_finite,
         num_sampled_tokens=num_sampled,
         num_undelivered=num_sampled - num_delivered,
         num_too_long=num_too_long,
         num_excluded=len(trajectories) - int(advantages.included.sum()),
     )
+
+
+def count_loss_rows(sequences: Iterable[TokenSequence]) -> int:
+    """Rows with at least one loss token of a finite behavior logprob: what objectives by row are divided by."""
+    return sum(count_loss_tokens([sequence]) > 0 for sequence in sequences)
 
 
 def count_loss_tokens(sequences: Iterable[TokenSequence]) -> int:

@@ -8,6 +8,7 @@ loss tokens divided by their original number over all ranks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,14 +24,17 @@ from agentgym.errors import InputError, TrainingError
 from agentgym.trajectory import ScoredSequences
 from agentgym_trainer.advantages import trajectory_advantages
 from agentgym_trainer.anchors import Proximal, VersionSource, make_anchor
+from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch, StepRows, build_micro_batches, collect_rows
 from agentgym_trainer.correction import Correction
 from agentgym_trainer.logprobs import token_logprobs, unwrap
 from agentgym_trainer.lora import adapt, checkpoint_adapter_only, is_adapted
-from agentgym_trainer.loss import decoupled_loss
+from agentgym_trainer.loss import decoupled_loss, split_by_finiteness
+from agentgym_trainer.loss_settings import BOUNDS_OF_CORRECTION, LossSection
 from agentgym_trainer.metrics import StepMetrics, trajectory_metrics
+from agentgym_trainer.objectives import Cispo, Gspo, M2po, Objective, Ppo, Topr, TruncatedReinforce
 from agentgym_trainer.publish import Publication, as_published, published_metadata, published_weights
-from agentgym_trainer.settings import LossSection, TrainConfig
+from agentgym_trainer.settings import TrainConfig
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -90,7 +94,10 @@ class Learner:
                 trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
                 max_staleness=config.rollout.max_staleness,
             )  # fmt: skip
-        self._correction = correction_of(config.loss)
+            # The initial weights, on a resumed run too: its checkpoint is loaded later.
+            self._reference = frozen_copy(self._model) if config.loss.reference_coefficient else None
+        self._corrections = corrections_of(config.loss)
+        self._objective = objective_of(config.loss)
 
     @property
     def module(self) -> PreTrainedModel:
@@ -168,6 +175,8 @@ class Learner:
         """Adds the gradient of one optimizer step to the parameters; ranks agree on it at the end."""
         section = self._config.loss
         metrics = StepMetrics()
+        objective = self._settled(batches)
+        num_ranks = self._accelerator.num_processes  # ranks average their gradients
         for number, (batch, anchor) in enumerate(zip(batches, proximal, strict=True)):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
@@ -177,14 +186,39 @@ class Learner:
                 )  # fmt: skip
                 loss, terms = decoupled_loss(
                     policy.logprobs, anchor.resolve(policy.logprobs), batch.behavior_logprobs, batch.advantages,
-                    batch.loss_mask, correction=self._correction, clip_low=section.clip_low,
-                    clip_high=section.clip_high, entropy=policy.entropy,
-                    entropy_coefficient=section.entropy_coefficient,
-                    denominator=rows.num_loss_tokens / self._accelerator.num_processes,  # ranks average gradients
+                    batch.loss_mask, correction=self._corrections, objective=objective,
+                    entropy=policy.entropy, entropy_coefficient=section.entropy_coefficient,
+                    reference_logprobs=self._reference_logprobs(batch),
+                    reference_coefficient=section.reference_coefficient,
+                    denominator=rows.num_loss_tokens / num_ranks, row_denominator=rows.num_loss_rows / num_ranks,
                 )  # fmt: skip
                 self._accelerator.backward(loss)
             metrics.add(terms, batch, trainer_version=trainer_version)
         return metrics
+
+    @torch.no_grad()
+    def _settled(self, batches: Sequence[MicroBatch]) -> Objective:
+        """The objective of one optimizer step. One that must see the whole step before its first micro-batch pays a
+        forward for that, and the ranks agree."""
+        if not isinstance(self._objective, M2po):
+            return self._objective
+        squares = []
+        for batch in batches:
+            # Without the wrapper: its forward may talk to the other ranks.
+            policy = token_logprobs(unwrap(self._model), batch, self._config.rollout.temperature).logprobs
+            counted, _ = split_by_finiteness(batch.behavior_logprobs, batch.loss_mask)
+            squares.append(M2po.squares(policy, batch.behavior_logprobs)[counted])
+        own = torch.cat(squares)
+        if self._accelerator.num_processes > 1:
+            padded = self._accelerator.pad_across_processes(own, pad_index=-1)  # a square is never negative
+            own = cast(torch.Tensor, self._accelerator.gather(padded))
+        return dataclasses.replace(self._objective, cut=self._objective.cut_of(own[own >= 0.0]))
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> torch.Tensor | None:
+        if self._reference is None:
+            return None
+        return token_logprobs(self._reference, batch, self._config.rollout.temperature).logprobs
 
     def _as_published(self) -> contextlib.AbstractContextManager[None]:
         """Forwards see the weights as engines and the version log do; the optimizer steps the masters."""
@@ -221,10 +255,34 @@ class Learner:
         return figures
 
 
-def correction_of(section: LossSection) -> Correction:
+def corrections_of(section: LossSection) -> tuple[Correction, ...]:
     """The handling of r_d that the configuration names."""
-    bounds = {"token_mask": section.token_mask_c, "token_truncate": section.token_truncate_max, "none": 1.0}
-    return Correction(section.correction, bounds[section.correction])
+    chosen = []
+    for kind in section.correction:
+        bounds = [getattr(section, name) for name in BOUNDS_OF_CORRECTION[kind]]  # (low, high), or one
+        chosen.append(Correction(kind, *bounds[-1:], low=bounds[0] if len(bounds) == 2 else 0.0))
+    if section.veto:
+        chosen.append(Correction("veto", section.veto))
+    return tuple(chosen)
+
+
+def objective_of(section: LossSection) -> Objective:
+    """The objective that the configuration names."""
+    match section.objective:
+        case "ppo":
+            return Ppo(section.clip_low, section.clip_high)
+        case "ppo_dual_clip":
+            return Ppo(section.clip_low, section.clip_high, section.dual_clip)
+        case "gspo":
+            return Gspo(section.gspo_clip_low, section.gspo_clip_high)
+        case "cispo":
+            return Cispo(section.cispo_low, section.cispo_high)
+        case "reinforce_truncated":
+            return TruncatedReinforce(section.total_truncate_max)
+        case "topr":
+            return Topr()
+        case "m2po":
+            return M2po(section.m2po_max_second_moment)
 
 
 def _split(trajectories: Sequence[ScoredSequences], num_parts: int) -> list[list[ScoredSequences]]:

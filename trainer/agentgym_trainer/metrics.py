@@ -28,7 +28,7 @@ LAG_BUCKETS = ("lag0", "lag1", "lag2", "lag3_4", "lag5_8", "lag9_up")
 _RATIO_SUMS = ("tokens", "log", "log2", "r", "r2", "exp_abs", "rows", "row_w", "row_w2")
 _TOKEN_SUMS = (
     "counted", "dropped", "mask_pass", "clip_pass", "active", "clip_high", "clip_low", "stale_kv", "lag", "objective",
-    "entropy",
+    "entropy", "vetoed", "limited", "reference_k3",
 )  # fmt: skip
 
 
@@ -109,6 +109,9 @@ class StepMetrics:
             torch.where(counted, lags, 0),
             terms.objective,
             zero if terms.entropy is None else torch.where(counted, terms.entropy, 0.0),
+            counted & terms.vetoed,
+            counted & terms.limited,
+            zero if terms.reference_k3 is None else terms.reference_k3,
         )
         features = torch.stack([column.double()[seen] for column in columns], dim=-1)  # [n, S]
         self._token.index_add_(0, buckets[seen].cpu(), features.cpu())
@@ -198,6 +201,9 @@ def _token_figures(prefix: str, sums: Tensor) -> dict[str, float]:
             "mean_lag": s["lag"] / n,
             "loss": s["objective"] / n,
             "entropy": s["entropy"] / n,
+            "num_vetoed": s["vetoed"],
+            "limited_fraction": s["limited"] / n,
+            "reference_k3": s["reference_k3"] / n,
         }
     elif not s["dropped"]:
         return {}

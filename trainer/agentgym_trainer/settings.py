@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from agentgym.config import Section
 from agentgym.server.settings import ServiceConfig
+from agentgym_trainer.loss_settings import ON_TOTAL_RATIO, LossSection
 
 AnchorName = Literal["auto", "snapshot", "ewma", "resident", "behavior"]
 AdvantageName = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
@@ -31,18 +32,6 @@ class RunSection(Section):
         if (self.service_url is None) != (self.service_key_file is None):
             raise ValueError("service_url and service_key_file go together: where it listens, and its trainer.key")
         return self
-
-
-class LossSection(Section):
-    """The decoupled objective. Whoever sees healthy tokens masked raises `token_mask_c`; whoever trains on one
-    version only (max_staleness=0) can turn the correction off."""
-
-    correction: Literal["token_mask", "token_truncate", "none"] = "token_mask"
-    token_mask_c: float = Field(default=2.0, gt=1.0)
-    token_truncate_max: float = Field(default=2.0, gt=0.0)
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    clip_high: float = Field(default=0.28, gt=0.0)
-    entropy_coefficient: float = Field(default=0.0, ge=0.0)
 
 
 class LoraSection(Section):
@@ -127,6 +116,33 @@ class TrainConfig(ServiceConfig):
             if isinstance(values.get(name, {}), dict)
         }
         return {**values, **seeded}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_to_correct(cls, values: Any) -> Any:
+        """With anchor `behavior` r_d is 1: whoever names no correction means none."""
+        if not isinstance(values, dict):
+            return values
+        trainer, loss = values.get("trainer", {}), values.get("loss", {})
+        if not isinstance(trainer, dict) or not isinstance(loss, dict) or trainer.get("anchor") != "behavior":
+            return values
+        return {**values, "loss": {"correction": "none", **loss}}
+
+    @model_validator(mode="after")
+    def _objective_fits_anchor(self) -> TrainConfig:
+        loss, anchor = self.loss, self.trainer.anchor
+        if loss.objective in ON_TOTAL_RATIO and anchor != "behavior":
+            raise ValueError(
+                f"loss.objective {loss.objective!r} acts on the total ratio R and asks no anchor; "
+                f"set trainer.anchor = 'behavior', got {anchor!r}"
+            )
+        if anchor == "behavior" and (loss.correction != ("none",) or loss.veto):
+            chosen = f"veto = {loss.veto:g}" if loss.correction == ("none",) else f"correction = {loss.correction[0]!r}"
+            raise ValueError(
+                f"loss.{chosen} does nothing with trainer.anchor = 'behavior', where r_d is 1: drop it, or choose "
+                "an anchor such as 'auto'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _groups_fill_updates(self) -> TrainConfig:
