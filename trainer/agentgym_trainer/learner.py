@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from agentgym.errors import InputError, TrainingError
 from agentgym.trajectory import ScoredSequences
 from agentgym_trainer.advantages import trajectory_advantages
-from agentgym_trainer.anchors import Proximal, VersionSource, make_anchor
+from agentgym_trainer.anchors import Resolvable, VersionSource, make_anchor
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch, StepRows, build_micro_batches, collect_rows
 from agentgym_trainer.correction import Correction
@@ -92,7 +92,7 @@ class Learner:
         with self._as_published():  # an average begins with what engines serve
             self.anchor = make_anchor(
                 trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
-                max_staleness=config.rollout.max_staleness,
+                max_staleness=config.rollout.max_staleness, interpolation_weight=trainer.interpolation_weight,
             )  # fmt: skip
             # The initial weights, on a resumed run too: its checkpoint is loaded later.
             self._reference = frozen_copy(self._model) if config.loss.reference_coefficient else None
@@ -170,7 +170,7 @@ class Learner:
         return [batch.to(accelerator.device) for batch in batches]
 
     def accumulate(
-        self, rows: StepRows, batches: Sequence[MicroBatch], proximal: Sequence[Proximal], trainer_version: int
+        self, rows: StepRows, batches: Sequence[MicroBatch], proximal: Sequence[Resolvable], trainer_version: int
     ) -> StepMetrics:
         """Adds the gradient of one optimizer step to the parameters; ranks agree on it at the end."""
         section = self._config.loss

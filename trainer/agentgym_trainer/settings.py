@@ -14,7 +14,7 @@ from agentgym.config import Section
 from agentgym.server.settings import ServiceConfig
 from agentgym_trainer.loss_settings import ON_TOTAL_RATIO, LossSection
 
-AnchorName = Literal["auto", "snapshot", "ewma", "resident", "behavior"]
+AnchorName = Literal["auto", "snapshot", "ewma", "linear", "loglinear", "resident", "behavior"]
 AdvantageName = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
 
 
@@ -73,6 +73,8 @@ class TrainerSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     advantages: AdvantageName = "group_mean"
     anchor: AnchorName = "auto"
+    # of anchor linear or loglinear: the behavior policy's share of a token, whatever its lag; None: 1/max(lag, 1)
+    interpolation_weight: float | None = Field(default=None, gt=0.0, lt=1.0)
     updates_per_batch: int = Field(default=1, ge=1)  # optimizer steps per publication
     micro_batch_tokens: int = Field(default=16_384, ge=1)
     max_sequence_tokens: int | None = None  # longer rows are left out and counted; default: the engine's max_context
@@ -127,6 +129,16 @@ class TrainConfig(ServiceConfig):
         if not isinstance(trainer, dict) or not isinstance(loss, dict) or trainer.get("anchor") != "behavior":
             return values
         return {**values, "loss": {"correction": "none", **loss}}
+
+    @model_validator(mode="after")
+    def _weight_is_read(self) -> TrainConfig:
+        weight, anchor = self.trainer.interpolation_weight, self.trainer.anchor
+        if weight is not None and anchor not in ("linear", "loglinear"):
+            raise ValueError(
+                f"trainer.interpolation_weight = {weight:g} does nothing with trainer.anchor = {anchor!r}: drop it, or "
+                "choose 'linear' or 'loglinear'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _objective_fits_anchor(self) -> TrainConfig:

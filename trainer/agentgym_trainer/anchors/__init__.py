@@ -10,16 +10,18 @@ from torch import nn
 from agentgym.errors import UnknownNameError
 from agentgym_trainer.anchors.direct import BehaviorAnchor, ResidentAnchor
 from agentgym_trainer.anchors.ewma import EwmaAnchor
-from agentgym_trainer.anchors.protocol import Anchor, Proximal, VersionSource
+from agentgym_trainer.anchors.interpolation import InterpolationAnchor
+from agentgym_trainer.anchors.protocol import Anchor, Proximal, Resolvable, VersionSource
 from agentgym_trainer.anchors.snapshot import SnapshotAnchor
 
-ANCHORS = ("auto", "behavior", "ewma", "resident", "snapshot")
+ANCHORS = ("auto", "behavior", "ewma", "linear", "loglinear", "resident", "snapshot")
 
-__all__ = ["ANCHORS", "Anchor", "Proximal", "VersionSource", "make_anchor"]
+__all__ = ["ANCHORS", "Anchor", "Proximal", "Resolvable", "VersionSource", "make_anchor"]
 
 
 def make_anchor(
-    name: str, model: nn.Module, versions: VersionSource, *, temperature: float, max_staleness: int
+    name: str, model: nn.Module, versions: VersionSource, *, temperature: float, max_staleness: int,
+    interpolation_weight: float | None = None,
 ) -> Anchor:
     """The anchor called `name`, of the trainer's `model` (wrapped or not) while its weights are the newest version.
 
@@ -27,6 +29,8 @@ def make_anchor(
     """
     if name == "behavior":
         return BehaviorAnchor()
+    if name in ("linear", "loglinear"):
+        return InterpolationAnchor(name, interpolation_weight)  # type: ignore[arg-type]
     if name == "resident":
         return ResidentAnchor(model, temperature)
     if name == "ewma":

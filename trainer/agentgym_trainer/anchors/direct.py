@@ -13,7 +13,7 @@ from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
 
 
-class _Stateless:
+class Stateless:
     """An anchor that follows nothing: publications and checkpoints are nothing to it."""
 
     def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
@@ -29,7 +29,7 @@ class _Stateless:
         pass
 
 
-class BehaviorAnchor(_Stateless):
+class BehaviorAnchor(Stateless):
     """pi_prox = mu_old: r_d is 1 and the clip acts on the total ratio R. No forward."""
 
     name = "behavior"
@@ -40,7 +40,7 @@ class BehaviorAnchor(_Stateless):
         return [Proximal(batch.behavior_logprobs, None) for batch in micro_batches]
 
 
-class ResidentAnchor(_Stateless):
+class ResidentAnchor(Stateless):
     """pi_prox = the trainer's weights when the batch arrives. Staleness leaks into r_d: exact at lag 0 only."""
 
     name = "resident"

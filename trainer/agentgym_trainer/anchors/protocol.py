@@ -57,6 +57,15 @@ class Proximal:
         return torch.where(self.from_policy, policy_logprobs.detach(), self.logprobs.to(policy_logprobs.dtype))
 
 
+class Resolvable(Protocol):
+    """Proximal logprobs of one micro-batch: `Proximal`, or what is made of the policy's own logprobs."""
+
+    def resolve(self, policy_logprobs: Tensor) -> Tensor:
+        """The proximal logprobs [B, T], without a gradient, given this micro-batch's policy logprobs before the
+        optimizer step on it."""
+        ...
+
+
 class Anchor(Protocol):
     """A source of proximal logprobs that follows the published weights.
 
@@ -68,7 +77,7 @@ class Anchor(Protocol):
 
     def proximal(
         self, micro_batches: Sequence[MicroBatch], *, trainer_version: int, reuse_policy: bool
-    ) -> list[Proximal]:
+    ) -> Sequence[Resolvable]:
         """Proximal logprobs of each micro-batch (this rank's own), before the optimizer step on them.
 
         `reuse_policy`: the batch is used for exactly one optimizer step, so tokens scored by the trainer's present
