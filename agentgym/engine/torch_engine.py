@@ -27,7 +27,7 @@ import torch
 
 from agentgym.engine.protocol import EngineStats, PauseMode, WeightUpdate
 from agentgym.engine.torch_engine_batch import Outcome, SlotBatch, Work
-from agentgym.engine.torch_engine_weights import checked_dtype, load_weights, read_model
+from agentgym.engine.torch_engine_weights import ServedWeights, checked_dtype, read_model
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
 from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
 
@@ -52,7 +52,9 @@ class TorchEngine:
                 raise InputError(f"engine {name} must be >= 1, got {value}")
         self.max_context = max_context
         self._threads = threads
-        self._batch = SlotBatch(read_model(Path(model_folder), checked_dtype(dtype)), slots, max_context)
+        model = read_model(Path(model_folder), checked_dtype(dtype))
+        self._weights = ServedWeights(model, Path(model_folder))
+        self._batch = SlotBatch(model, slots, max_context)
         with torch.inference_mode():
             self._batch.prove()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -211,7 +213,7 @@ class TorchEngine:
                 f"version {update.version} cannot be loaded: the engine serves {self.policy_version}, and versions "
                 "only go up"
             )
-        load_weights(self._batch.model, update.path)
+        self._weights.load(update.path)
         self._batch.renew(update.version)
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
