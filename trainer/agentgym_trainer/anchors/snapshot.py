@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from agentgym.errors import VersionError
-from agentgym_trainer.anchors.ewma import EwmaAnchor
+from agentgym_trainer.anchors.fallback import count_exact, patch
 from agentgym_trainer.anchors.prefixes import gather, plan_prefixes, scatter
-from agentgym_trainer.anchors.protocol import Proximal, VersionSource, require_finite
+from agentgym_trainer.anchors.protocol import Anchor, Proximal, Resolvable, VersionSource, require_finite
 from agentgym_trainer.anchors.scoring import ScoringModel
 from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import logprob_dtype, token_logprobs, unwrap
@@ -28,7 +28,7 @@ class SnapshotAnchor:
     and counted (`anchor/num_fallbacks`); without it they raise VersionError."""
 
     def __init__(
-        self, model: nn.Module, temperature: float, versions: VersionSource, fallback: EwmaAnchor | None = None
+        self, model: nn.Module, temperature: float, versions: VersionSource, fallback: Anchor | None = None
     ) -> None:
         self.name = "snapshot" if fallback is None else "auto"
         self._model = model
@@ -41,7 +41,7 @@ class SnapshotAnchor:
     @torch.no_grad()
     def proximal(
         self, micro_batches: Sequence[MicroBatch], *, trainer_version: int, reuse_policy: bool
-    ) -> list[Proximal]:
+    ) -> Sequence[Resolvable]:
         dtype = logprob_dtype(self._model)
         logprobs = [torch.zeros_like(batch.behavior_logprobs, dtype=dtype) for batch in micro_batches]
         present = {int(v) for batch in micro_batches for v in batch.policy_versions[batch.loss_mask].unique()}
@@ -52,13 +52,18 @@ class SnapshotAnchor:
                 continue
             if version != trainer_version and not self._load(version):
                 gone.add(version)
-            scorer = self._scorer(version, trainer_version, version in gone)
+                continue
+            scorer = self._policy if version == trainer_version else self._scoring.score
             num_scored_tokens += self._score_into(logprobs, micro_batches, scorer, version)
-        self._counts = {**_count_exact(micro_batches, gone), "anchor/num_scored_tokens": float(num_scored_tokens)}
-        return [
+        missing = [batch.loss_mask & _is_of(batch.policy_versions, gone) for batch in micro_batches]
+        self._counts = count_exact(micro_batches, missing) | {"anchor/num_scored_tokens": float(num_scored_tokens)}
+        exact = [
             Proximal(scored, batch.loss_mask & (batch.policy_versions == trainer_version) if reuse_policy else None)
             for batch, scored in zip(micro_batches, logprobs)
         ]
+        if not gone or self._fallback is None:
+            return exact
+        return patch(exact, missing, micro_batches, self._fallback, trainer_version, reuse_policy)
 
     def _load(self, version: int) -> bool:
         """Swaps in `version`; False if it is gone and there is a fallback."""
@@ -70,14 +75,9 @@ class SnapshotAnchor:
             return False
         return True
 
-    def _scorer(self, version: int, trainer_version: int, gone: bool) -> Callable[[MicroBatch], Tensor]:
-        if gone:
-            assert self._fallback is not None
-            return self._fallback.score
-        if version == trainer_version:
-            # Without the wrapper: its forward may talk to the other ranks, which score other numbers of micro-batches.
-            return lambda part: token_logprobs(unwrap(self._model), part, self._temperature).logprobs
-        return self._scoring.score
+    def _policy(self, part: MicroBatch) -> Tensor:
+        # Without the wrapper: its forward may talk to the other ranks, which score other numbers of micro-batches.
+        return token_logprobs(unwrap(self._model), part, self._temperature).logprobs
 
     def _score_into(
         self, logprobs: Sequence[Tensor], batches: Sequence[MicroBatch], scorer: Callable[[MicroBatch], Tensor],
@@ -108,15 +108,6 @@ class SnapshotAnchor:
             self._fallback.load_state_dict(state)
 
 
-def _count_exact(micro_batches: Sequence[MicroBatch], gone: set[int]) -> dict[str, float]:
-    """Tokens scored by a fallback, and tokens scored exactly. A token that attended to an older version's KV entries
-    was sampled from no single version's distribution, so its logprob is not called exact."""
-    num_fallbacks = num_exact = 0
-    for batch in micro_batches:
-        missing = torch.isin(
-            batch.policy_versions, torch.tensor(sorted(gone), dtype=torch.int64, device=batch.policy_versions.device)
-        )
-        fresh_kv = batch.kv_versions >= batch.policy_versions
-        num_fallbacks += int((batch.loss_mask & missing).sum())
-        num_exact += int((batch.loss_mask & ~missing & fresh_kv).sum())
-    return {"anchor/num_fallbacks": float(num_fallbacks), "anchor/num_exact": float(num_exact)}
+def _is_of(policy_versions: Tensor, versions: set[int]) -> Tensor:
+    wanted = torch.tensor(sorted(versions), dtype=torch.int64, device=policy_versions.device)
+    return torch.isin(policy_versions, wanted)

@@ -1,0 +1,56 @@
+"""What stands in for exact old logprobs where there are none: another anchor, by name, for those tokens alone. Must
+never know why they are missing.
+
+Law: a fallback is asked for by name and counted; an exact token beside it stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agentgym_trainer.anchors.protocol import Anchor, Resolvable
+from agentgym_trainer.batch import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """Exact proximal logprobs, but for the tokens [B, T] that are `missing`."""
+
+    exact: Resolvable
+    missing: Tensor
+    fallback: Resolvable
+
+    def resolve(self, policy_logprobs: Tensor) -> Tensor:
+        """As Resolvable.resolve."""
+        exact = self.exact.resolve(policy_logprobs)
+        return torch.where(self.missing, self.fallback.resolve(policy_logprobs).to(exact.dtype), exact)
+
+
+def patch(
+    exact: Sequence[Resolvable], missing: Sequence[Tensor], micro_batches: Sequence[MicroBatch], fallback: Anchor,
+    trainer_version: int, reuse_policy: bool,
+) -> list[Resolvable]:  # fmt: skip
+    """`exact`, with the fallback's values where `missing`. Micro-batches without such tokens cost nothing."""
+    wanted = [number for number, tokens in enumerate(missing) if bool(tokens.any())]
+    proximals = fallback.proximal(
+        [micro_batches[number] for number in wanted], trainer_version=trainer_version, reuse_policy=reuse_policy
+    )
+    patched = list(exact)
+    for number, proximal in zip(wanted, proximals, strict=True):
+        patched[number] = Patched(exact[number], missing[number], proximal)
+    return patched
+
+
+def count_exact(micro_batches: Sequence[MicroBatch], missing: Sequence[Tensor]) -> dict[str, float]:
+    """Tokens that a fallback stands in for, and exact ones. A token that attended to an older version's KV entries was
+    sampled from no single version's distribution, so its logprob is not called exact."""
+    num_fallbacks = num_exact = 0
+    for batch, gone in zip(micro_batches, missing, strict=True):
+        fresh_kv = batch.kv_versions >= batch.policy_versions
+        num_fallbacks += int(gone.sum())
+        num_exact += int((batch.loss_mask & ~gone & fresh_kv).sum())
+    return {"anchor/num_fallbacks": float(num_fallbacks), "anchor/num_exact": float(num_exact)}
