@@ -23,7 +23,6 @@ class CollectorSettings:
     max_retries: int = 2
     stall_warning_s: float = 30.0
     seed: int = 0
-    plays: bool = True  # False: outside agents play all episodes
 
 
 class Outside(Protocol):

@@ -29,6 +29,7 @@ from agentgym.rollout.limits import EpisodeLimits
 from agentgym.rollout.live_feed import LiveFeed
 from agentgym.rollout.sampler import Sampler
 from agentgym.rollout.schedule import Schedule, ScheduledTask
+from agentgym.rollout.shares import Shares
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import StepCounts, summarize
 from agentgym.trajectory import EpisodeStatus, Trajectory, to_sequences
@@ -58,13 +59,14 @@ class Collector:
     def __init__(
         self,
         settings: CollectorSettings,
-        environments: EnvironmentPool,
+        environments: EnvironmentPool | None,
         renderer: Renderer,
         policy: VersionedPolicy,
         limits: EpisodeLimits,
-        schedule: Schedule,
+        schedule: Schedule | None,
         store: TrajectoryStore,
     ) -> None:
+        """`schedule` is None where outside agents play all episodes; then there may be no environments either."""
         self.settings = settings
         self._environments = environments
         self._renderer = renderer
@@ -75,6 +77,7 @@ class Collector:
         self._store = store
         self._buffer = GroupBuffer(settings.group_size, settings.groups_per_step, settings.max_staleness)
         self.feed = LiveFeed(policy)
+        self._shares = Shares(self._buffer.most_groups)
         self._outside: Outside | None = None
         self._tasks: dict[str, ScheduledTask | OutsideTask] = {}  # of groups neither consumed nor discarded
         self._waiting: deque[_Attempt] = deque()
@@ -125,13 +128,14 @@ class Collector:
         if self._broken is not None:
             return str(self._broken)
         ready, needed = self._buffer.num_ready, self.settings.groups_per_step
-        if not self.settings.plays:
-            sessions = self._outside.waiting_for() if self._outside else "none can be opened"
-            return f"{ready} of {needed} groups ready; sessions: {sessions}" + self._paused()
+        sessions = f"; sessions: {self._outside.waiting_for()}" if self._outside else ""
+        if self._schedule is None:
+            return f"{ready} of {needed} groups ready{sessions or '; no sessions'}{self._paused()}"
         phases = Counter(progress.phase for _, progress in self._running.values())
         doing = ", ".join(f"{count} {phase}" for phase, count in phases.most_common()) or "none running"
         idle = f"; none has finished for {quiet:.0f} s" if (quiet := time.monotonic() - self._last_end) > 5 else ""
-        return f"{ready} of {needed} groups ready; episodes: {doing}{idle if self._running else ''}{self._paused()}"
+        episodes = f"episodes: {doing}{idle if self._running else ''}{sessions if self._opened() else ''}"
+        return f"{ready} of {needed} groups ready; {episodes}{self._paused()}"
 
     def _paused(self) -> str:
         sampling = "; sampling is paused" if self._policy.pause_under_way else ""
@@ -151,7 +155,10 @@ class Collector:
         """Continues a saved data order. Raises InputError once a group was started."""
         if self._tasks or self.episodes:
             raise InputError("the data position must be restored before collecting starts")
-        self._schedule.restore(data_position)
+        if self._schedule is not None:
+            self._schedule.restore(data_position)
+        elif data_position:
+            raise InputError("the saved data position belongs to a run on its environment, and outside agents play")
 
     async def take(self, trainer_version: int, timeout_s: float, step: int) -> CollectedBatch | None:
         """The next batch, stored as the trajectories of `step`, or None if there is none within `timeout_s`.
@@ -170,7 +177,7 @@ class Collector:
                 if self._broken is not None:
                     raise self._broken
                 self._fill()
-                if not self.settings.plays:
+                if self._schedule is None:
                     await self._check_engine()
                 if self._closed:
                     raise ServiceError("the rollout service is ending")
@@ -208,7 +215,9 @@ class Collector:
         begin: whoever asks again later gets in."""
         if not self._collecting or self._closed:
             raise NotNowError("collecting is paused: the trainer has not begun, or is done; open a session later")
-        if not self._buffer.may_start:
+        shares = self._schedule is not None
+        if not self._buffer.may_start or (shares and not self._shares.may_open(self._opened())):
+            self._shares.refused()
             raise NotNowError(
                 f"{self._buffer.num_unconsumed} groups are started and not trained on yet, as many as "
                 "rollout.max_staleness allows; finish those that are open, or open a session later"
@@ -273,7 +282,9 @@ class Collector:
             self._start(self._waiting.popleft())
 
     def _begin_group(self) -> bool:
-        if not self.settings.plays or not self._collecting or not self._buffer.may_start:
+        if self._schedule is None or not self._collecting or not self._buffer.may_start:
+            return False
+        if not self._shares.may_play(len(self._tasks) - self._opened()):
             return False
         task = self._schedule.next()
         group_id = f"g-{task.index:06d}"
@@ -303,6 +314,7 @@ class Collector:
         return self._policy.policy_version
 
     async def _play(self, attempt: _Attempt, plan: EpisodePlan, progress: EpisodeProgress) -> None:
+        assert self._environments is not None  # there is a schedule
         trajectory = await run_episode(plan, self._environments, self._renderer, self._sampler, self._limits, progress)
         self._count(trajectory)
         if trajectory.status is EpisodeStatus.FAILED:
@@ -353,9 +365,13 @@ class Collector:
     def _settle(self, group_id: str) -> ScheduledTask | OutsideTask:
         """The task of a group that is dealt with; it will not come again after a restart."""
         task = self._tasks.pop(group_id)
-        if isinstance(task, ScheduledTask):
+        if isinstance(task, ScheduledTask) and self._schedule is not None:
             self._schedule.finish(task.index)
         return task
+
+    def _opened(self) -> int:
+        """Groups of outside agents that are neither in training nor discarded."""
+        return sum(isinstance(task, OutsideTask) for task in self._tasks.values())
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         trajectory_id, _ = self._running.pop(task)
@@ -378,9 +394,10 @@ class Collector:
         tasks = tuple(self._settle(group.group_id) for group in groups)
         counts, self._step = self._step, StepCounts()
         self._fill()
-        return CollectedBatch(
-            groups, tasks, summarize(groups, trainer_version, counts), self.live_versions(), self._schedule.state()
-        )
+        outside = [group for group, task in zip(groups, tasks, strict=True) if isinstance(task, OutsideTask)]
+        metrics = summarize(groups, trainer_version, counts, outside)
+        position = {} if self._schedule is None else self._schedule.state()
+        return CollectedBatch(groups, tasks, metrics, self.live_versions(), position)
 
     async def _watch(self) -> None:
         """Says in the log what every episode waits for when none has finished for too long."""

@@ -32,16 +32,21 @@ def succeeded(trajectory: Trajectory) -> bool:
     return score is not None and score.valid and score.value >= SUCCESS - 1e-9
 
 
-def summarize(groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCounts) -> dict[str, float]:
-    """The metrics of a batch. Lags are counted a token; a reward mean over no valid episode is left out."""
+def summarize(
+    groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCounts, outside: Sequence[ReadyGroup] = ()
+) -> dict[str, float]:
+    """The metrics of a batch; `outside` are those of its groups that outside agents played. Lags are counted a token;
+    a reward mean over no valid episode is left out."""
     members = [member for group in groups for member in group.members]
-    valid = [member for member in members if member.score is not None and member.score.valid]
+    valid = _valid(members)
+    sessions = _valid([member for group in outside for member in group.members])
     seconds = max(time.monotonic() - counts.began, 1e-9)
     discarded = sum(counts.discarded.values())
     lags = Counter(trainer_version - v for member in members for v in _versions(member))
     tokens = sum(lags.values())
     metrics: dict[str, float] = {
         "groups": len(groups),
+        "session_groups": len(outside),
         "episodes": len(members),
         "valid": len(valid),
         "failed": counts.failed,
@@ -60,11 +65,17 @@ def summarize(groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCo
     if valid:
         metrics["reward_mean"] = _mean([member.score.value for member in valid if member.score])
         metrics["success_rate"] = _mean([succeeded(member) for member in valid])
+    if sessions:
+        metrics["session_reward_mean"] = _mean([member.score.value for member in sessions if member.score])
     for reason in DiscardReason:
         metrics[f"discarded_{reason.value}"] = counts.discarded[reason.value]
     for name in ("turns", "tool_errors", "seconds", "env_s", "sampling_s"):
         metrics[f"episode_{name}_mean"] = _mean([member.metrics[name] for member in members])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _valid(members: Sequence[Trajectory]) -> list[Trajectory]:
+    return [member for member in members if member.score is not None and member.score.valid]
 
 
 def _versions(member: Trajectory) -> list[int]:

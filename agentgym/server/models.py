@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from agentgym.errors import InputError, UnavailableError, UnknownNameError
+from agentgym.server.settings import OUTSIDE
 
 GROUP = "agentgym.models"
 log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ def resolve_model(
     folder that holds no model.
     """
     builders = {point.name: point for point in entry_points(group=GROUP)}
+    if name == "tiny" and env_id == OUTSIDE:
+        raise InputError(
+            "the tiny model begins as an imitation of an environment: set env.id, or model.name to another one"
+        )
     if name in builders:
         try:
             build = builders[name].load()

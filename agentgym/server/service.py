@@ -33,7 +33,7 @@ from agentgym.sandbox.warm.pool import SandboxPool
 from agentgym.server.engines import start_engine
 from agentgym.server.replies import vocabulary_size
 from agentgym.server.sessions import Sessions
-from agentgym.server.settings import ServiceConfig
+from agentgym.server.settings import OUTSIDE, ServiceConfig
 from agentgym.server.wire import (
     MAX_FEED_TOKENS,
     MAX_PAUSE_S,
@@ -57,8 +57,8 @@ class RolloutService:
     def __init__(
         self,
         config: ServiceConfig,
-        record: registry.EnvRecord,
-        environments: EnvironmentPool,
+        record: registry.EnvRecord | None,
+        environments: EnvironmentPool | None,
         boxes: SandboxPool | None,
         renderer: ChatTemplateRenderer,
         engine: Engine,
@@ -73,19 +73,19 @@ class RolloutService:
         self.renderer = renderer
         self.policy = VersionedPolicy(engine, publish_mode=config.engine.publish_mode)
         self.max_context = min(config.max_context, engine.max_context)
-        self._env_id = record.env_id
-        self._environments = environments
+        self._env_id = record.env_id if record else OUTSIDE
+        self._environments = environments  # None: outside agents bring theirs
         self._boxes = boxes  # None: the environment runs no code
         self._versions_dir = versions_dir.resolve()
         self._limits = EpisodeLimits(
-            max_turns=rollout.max_turns or record.max_turns,
+            max_turns=rollout.max_turns or (record.max_turns if record else 1),
             max_tokens_per_turn=rollout.max_tokens_per_turn,
             max_episode_tokens=min(rollout.max_episode_tokens, engine.max_context),
             max_episode_s=rollout.max_episode_s,
             max_env_call_s=rollout.max_env_call_s,
         )
         settings = CollectorSettings(
-            env_id=record.env_id,
+            env_id=self._env_id,
             group_size=rollout.group_size,
             groups_per_step=rollout.groups_per_step,
             max_staleness=rollout.max_staleness,
@@ -94,20 +94,22 @@ class RolloutService:
             max_retries=rollout.max_retries,
             stall_warning_s=rollout.stall_warning_s,
             seed=rollout.seed,
-            plays=rollout.source == "environment",
         )
+        schedule = None  # outside agents play
+        if environments is not None and rollout.source != "sessions":
+            schedule = Schedule(environments.task_ids("train"), rollout.seed)
         self.collector = Collector(
             settings,
             environments,
             renderer,
             self.policy,
             self._limits,
-            Schedule(environments.task_ids("train"), rollout.seed),
+            schedule,
             TrajectoryStore(run_dir),
         )
         self.sessions = Sessions(
-            config.sessions, self.collector, renderer, record.env_id, lambda: self.policy.policy_version,
-            trains=rollout.source == "sessions",
+            config.sessions, self.collector, renderer, lambda: self.policy.policy_version,
+            trains=rollout.source != "environment",
         )  # fmt: skip
         self._unacknowledged: set[str] = set()
         self._batches = itertools.count()
@@ -125,20 +127,15 @@ class RolloutService:
         engine_factory: EngineFactory = start_engine,
     ) -> RolloutService:
         """Opens everything. Raises InputError and its kin for what cannot run on this machine, EngineError."""
-        record = registry.lookup(config.env.id)
-        kwargs = dict(config.env.kwargs)
+        record = None if config.env.id == OUTSIDE else registry.lookup(config.env.id)
         # the engine last: it takes longest, and what is wrong with the rest is told at once
         renderer = await asyncio.to_thread(load_renderer, model_folder, config.render.tool_format)
-        most = 2 * config.rollout.in_flight  # an evaluation may run beside the collector
-        boxes = await asyncio.to_thread(_box_pool, record, config)
-        if boxes is not None:
-            kwargs["sandbox"] = boxes
+        boxes = await asyncio.to_thread(_box_pool, record, config) if record else None
         environments: EnvironmentPool | None = None
         engine: Engine | None = None
         try:
-            environments = await asyncio.to_thread(
-                EnvironmentPool, lambda: registry.make(record.env_id, **kwargs), most, config.rollout.max_env_call_s
-            )
+            if record is not None:
+                environments = await asyncio.to_thread(_environment_pool, record, config, boxes)
             engine = await engine_factory(config, model_folder)
             vocab_size = vocabulary_size(model_folder, renderer)
             return cls(config, record, environments, boxes, renderer, engine, run_dir, versions_dir, vocab_size)
@@ -160,7 +157,8 @@ class RolloutService:
         await asyncio.gather(*(run.task for run in self._evaluations.values()), return_exceptions=True)
         await self.sessions.close()
         await self.collector.close()
-        await self._environments.close()
+        if self._environments is not None:
+            await self._environments.close()
         await _close_boxes(self._boxes)
         await self.policy.engine.close()
 
@@ -240,6 +238,8 @@ class RolloutService:
             raise InputError(f"split must be 'train' or 'heldout', got {split!r}")
         if not 1 <= episodes <= 1_000_000:
             raise InputError(f"an evaluation needs 1 to 1000000 episodes, got {episodes}")
+        if self._environments is None:
+            raise InputError("an evaluation needs an environment: set env.id, or evaluation.episodes=0")
         plans = plan_evaluation(self._env_id, self._environments, episodes, split, temperature, seed)
         run = _EvaluationRun(len(plans), self.policy.policy_version)
         run.task = asyncio.create_task(
@@ -319,6 +319,16 @@ class _EvaluationRun:
             policy_version=self._policy_version,
             seconds=self._ended_s,
         )
+
+
+def _environment_pool(
+    record: registry.EnvRecord, config: ServiceConfig, boxes: SandboxPool | None
+) -> EnvironmentPool:
+    kwargs = dict(config.env.kwargs)
+    if boxes is not None:
+        kwargs["sandbox"] = boxes
+    most = 2 * config.rollout.in_flight  # an evaluation may run beside the collector
+    return EnvironmentPool(lambda: registry.make(record.env_id, **kwargs), most, config.rollout.max_env_call_s)
 
 
 def _box_pool(record: registry.EnvRecord, config: ServiceConfig) -> SandboxPool | None:

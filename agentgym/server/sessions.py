@@ -33,7 +33,7 @@ from agentgym.server.sessions_errors import (
     UntrainableError,
 )
 from agentgym.server.sessions_retries import Asked, Retries
-from agentgym.server.settings import SessionsSection
+from agentgym.server.settings import OUTSIDE, SessionsSection
 from agentgym.trajectory import EpisodeStatus, Trajectory
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Session:
             self.score,
         )
 
-    def trajectory(self, env_id: str, status: EpisodeStatus, error: str | None) -> Trajectory:
+    def trajectory(self, status: EpisodeStatus, error: str | None) -> Trajectory:
         turns = self.recording.turns()
         seconds = time.monotonic() - self.began
         metrics = {
@@ -169,7 +169,7 @@ class Session:
         }  # fmt: skip
         metrics |= {f"link_{name}": float(count) for name, count in self.view().links.items()}
         return Trajectory(
-            self.name, self.group_id or self.name, env_id, self.declared.task_id, self.declared.seed,
+            self.name, self.group_id or self.name, OUTSIDE, self.declared.task_id, self.declared.seed,
             self.recording.opening(), turns, status, self.score, metrics, error,
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ class Sessions:
     """
 
     def __init__(
-        self, settings: SessionsSection, collector: Collector, renderer: ChatTemplateRenderer, env_id: str,
+        self, settings: SessionsSection, collector: Collector, renderer: ChatTemplateRenderer,
         served: Callable[[], int], trains: bool,
     ) -> None:  # fmt: skip
         self.settings = settings
@@ -247,7 +247,6 @@ class Sessions:
         self.on_forget: Callable[[str], None] = lambda session_id: None
         self._collector = collector
         self._renderer = renderer
-        self._env_id = env_id
         self._served = served
         self._intake = Intake(collector, settings.group_ttl_s)
         self._open: dict[str, Session] = {}
@@ -338,7 +337,7 @@ class Sessions:
             raise InputError(f"session {session_id} has no turns to train on; end it with DELETE instead")
         session.score = score
         status = EpisodeStatus.TRUNCATED if truncated else EpisodeStatus.TERMINATED
-        self._end(session, SessionState.FINISHED, session.trajectory(self._env_id, status, None))
+        self._end(session, SessionState.FINISHED, session.trajectory(status, None))
         return self.view(session_id)
 
     def abandon(self, session_id: str) -> SessionView:
@@ -365,7 +364,7 @@ class Sessions:
 
     def _end_unscored(self, session: Session, state: SessionState, why: str) -> None:
         error = f"Session{state.value.capitalize()}: {why}"
-        self._end(session, state, session.trajectory(self._env_id, EpisodeStatus.FAILED, error))
+        self._end(session, state, session.trajectory(EpisodeStatus.FAILED, error))
 
     def _end(self, session: Session, state: SessionState, trajectory: Trajectory) -> None:
         session.state = state

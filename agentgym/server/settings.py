@@ -14,6 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from agentgym.config import Section
 
+OUTSIDE = "outside"  # in the place of an environment's id: the agents that play bring their own
+
 
 class ModelSection(Section):
     """`name` is a model that an `agentgym.models` entry point builds (from `seed`), or a folder that transformers
@@ -24,16 +26,17 @@ class ModelSection(Section):
 
 
 class EnvSection(Section):
-    """`id` is an environment's registered id or alias; `kwargs` go to its constructor."""
+    """`id` is an environment's registered id or alias; `kwargs` go to its constructor. A run on outside agents alone
+    needs none: they bring theirs, and nothing is evaluated."""
 
-    id: str
+    id: str = OUTSIDE
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class RolloutSection(Section):
     """What is collected, how much of it at once, and how old it may be."""
 
-    source: Literal["environment", "sessions"] = "environment"  # who plays: the environment here, or outside agents
+    source: Literal["environment", "sessions", "both"] = "environment"  # who plays: we, outside agents, or either
     group_size: int = 8  # G siblings of one task and seed
     groups_per_step: int = 16
     max_staleness: int = 2  # versions between a token's policy and the one that trains on it; 0 = synchronous
@@ -78,8 +81,8 @@ class RolloutSection(Section):
 
 
 class SessionsSection(Section):
-    """Episodes that outside agents play; whoever opens one may ask for less. A run on outside agents alone
-    (`rollout.source = "sessions"`) trains on them; else they are recorded and not trained on."""
+    """Episodes that outside agents play; whoever opens one may ask for less. A run with `rollout.source = "sessions"`
+    or `"both"` trains on them; else they are recorded and not trained on."""
 
     max_open: int = Field(default=1024, ge=1)
     ttl_s: float = Field(default=3600.0, gt=0.0)  # a session that is not finished by then expires
@@ -219,7 +222,7 @@ class ServerSection(Section):
 class ServiceConfig(Section):
     """Everything that the rollout service is told, the model's folder and the run's folders excepted."""
 
-    env: EnvSection
+    env: EnvSection = EnvSection()
     model: ModelSection = ModelSection()
     rollout: RolloutSection = RolloutSection()
     sessions: SessionsSection = SessionsSection()
@@ -234,6 +237,20 @@ class ServiceConfig(Section):
             raise ValueError(
                 f"engine.max_context must be >= rollout.max_episode_tokens ({self.rollout.max_episode_tokens}), "
                 f"got {self.engine.max_context}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _who_plays(self) -> ServiceConfig:
+        if self.env.id == OUTSIDE and self.rollout.source != "sessions":
+            raise ValueError(
+                'env.id is not set: name an environment; only rollout.source = "sessions", where outside agents bring '
+                "theirs, needs none"
+            )
+        if self.rollout.source == "both" and self.rollout.max_staleness < 1:
+            raise ValueError(
+                'rollout.source = "both" needs rollout.max_staleness >= 1: half of the buffer is for sessions, and the '
+                "other half must hold a batch, got 0"
             )
         return self
 

@@ -63,3 +63,10 @@ def test_bfloat16_is_refused_where_nothing_multiplies_it(monkeypatch):
         preflight.check(parse(trainer={"dtype": "bfloat16"}))
     monkeypatch.setattr(preflight, "cpu_has_bfloat16", lambda: True)
     preflight.check(parse(trainer={"dtype": "bfloat16"}))
+
+
+def test_without_an_environment_nothing_is_evaluated() -> None:
+    values = {"model": {"name": "/a/folder"}, "rollout": {"source": "sessions"}}
+    with pytest.raises(ConfigError, match=r"evaluation\.episodes must be 0 without env\.id"):
+        parse_config(TrainConfig, values)
+    assert parse_config(TrainConfig, values | {"evaluation": {"episodes": 0}}).env.id == "outside"

@@ -100,7 +100,7 @@ class Leader:
                 versions = VersionLog(folder.versions_path, first=0 if _is_published_whole(config) else 1)
                 service = start_service(config.service(), model_folder, folder.path, folder.versions_path)
                 client = stack.enter_context(service)
-            if config.rollout.source == "sessions":
+            if config.rollout.source != "environment":
                 console.print(f"outside agents play: they open sessions at {client.url}/v1/sessions")
             watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
             yield cls(config, folder, client, versions, console, watch)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from agentgym.config import Section
-from agentgym.server.settings import ServiceConfig
+from agentgym.server.settings import OUTSIDE, ServiceConfig
 from agentgym_trainer.loss_settings import ON_TOTAL_RATIO, LossSection
 
 AnchorName = Literal["auto", "snapshot", "ewma", "linear", "loglinear", "resident", "behavior"]
@@ -153,6 +153,15 @@ class TrainConfig(ServiceConfig):
             raise ValueError(
                 f"loss.{chosen} does nothing with trainer.anchor = 'behavior', where r_d is 1: drop it, or choose "
                 "an anchor such as 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_somewhere(self) -> TrainConfig:
+        if self.env.id == OUTSIDE and self.evaluation.episodes:
+            raise ValueError(
+                "evaluation.episodes must be 0 without env.id: there is no environment to evaluate in, got "
+                f"{self.evaluation.episodes}"
             )
         return self
 

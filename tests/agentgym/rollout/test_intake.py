@@ -16,10 +16,8 @@ from agentgym.policy import Completion
 from agentgym.render import ChatTemplateRenderer
 from agentgym.rewards import Score
 from agentgym.rollout.collector import Collector, CollectorSettings
-from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.intake import Declared, Intake
 from agentgym.rollout.limits import EpisodeLimits
-from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.store import TrajectoryStore, read_trajectories, step_file
 from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
 from agentgym.trajectory import EpisodeStatus, Trajectory, Turn
@@ -31,19 +29,17 @@ class World:
     """A collector that plays nothing itself, its intake, and a clock."""
 
     def __init__(self, folder: Path, renderer: ChatTemplateRenderer, **settings: int) -> None:
-        from agentgym import registry
-
         numbers = {"group_size": 3, "groups_per_step": 1, "max_staleness": 1} | settings
         self.engine = ScriptedEngine(hashed_logits(8))
         self.run_dir = folder
         self.now = 0.0
         self.collector = Collector(
-            CollectorSettings("agentgym/Maze-v0", in_flight=4, plays=False, **numbers),
-            EnvironmentPool(lambda: registry.make("maze"), 1, 10.0),
+            CollectorSettings("agentgym/Maze-v0", in_flight=4, **numbers),
+            None,
             renderer,
             VersionedPolicy(self.engine),
             EpisodeLimits(5, 5, 100),
-            Schedule(["unused"], 0),
+            None,
             TrajectoryStore(folder),
         )
         self.intake = Intake(self.collector, group_ttl_s=60.0, clock=lambda: self.now)

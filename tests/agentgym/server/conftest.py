@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
+from outside_agents import Service, sessions_config
 
 from agentgym.config import parse_config
 from agentgym.engine.protocol import Engine
@@ -160,6 +162,25 @@ def server(tmp_path_factory: pytest.TempPathFactory, maze_folder: Path) -> Itera
     """One server for tests that only ask."""
     with running(maze_folder, tmp_path_factory.mktemp("shared") / "run") as server:
         yield server
+
+
+@pytest.fixture
+def service(start: Callable[..., Server]) -> Iterator[Callable[..., Service]]:
+    """Starts services that train on sessions; `options` are those of sessions_config."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(
+            openai_key: str | None = None, collect: bool = True, engine: Any = scripted, **options: Any
+        ) -> Service:
+            config = sessions_config(**options)
+            server = start(config=config, openai_key=openai_key, engine_factory=engine)
+            if collect:
+                server.client.collect(True)
+            headers = {"Authorization": f"Bearer {openai_key}"} if openai_key else {}
+            http = httpx.Client(base_url=server.url, headers=headers, timeout=20, trust_env=False)
+            return Service(server, stack.enter_context(http))
+
+        yield begin
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""How a session ends: once, with a score, with none, or in its time; and what is no reward."""
+
+from __future__ import annotations
+
+import time
+
+import openai
+import pytest
+from outside_agents import HELLO, agent, say, slow
+
+from agentgym.trajectory import EpisodeStatus
+
+
+def test_a_session_ends_once(service):
+    it = service()
+    session = it.open()
+    with agent(session) as client:
+        say(client, HELLO)
+        it.finish(session)
+        assert "is finished" in it.finish(session, 409)["error"]["message"]
+        assert it.http.delete(f"/v1/sessions/{session['id']}").status_code == 409
+        with pytest.raises(openai.ConflictError) as refused:
+            say(client, HELLO)
+    assert refused.value.code == "session_ended"
+    assert it.http.get("/v1/sessions/nothing").status_code == 404
+
+
+NO_REWARDS = (
+    '{"components": {"r": NaN}}', '{"components": {"r": Infinity}}', '{"components": {"r": 1e999}}',
+    '{"components": {"r": 1e308, "s": 1e308}}', '{"components": {}}', '{"components": {"r": "1"}}',
+    '{"components": {"r": null}}', '{"components": {"r": true}}', '{"reward": 1}', "[]", "",
+    '{"components": {"": 1.0}}', '{"components": {"r": 1.0}, "status": "won"}',
+)  # fmt: skip
+
+
+def test_what_is_no_reward_is_refused_and_the_session_stays_open(service):
+    it = service()
+    session = it.open()
+    with agent(session) as client:
+        say(client, HELLO)
+    for body in NO_REWARDS:
+        url = f"/v1/sessions/{session['id']}/finish"
+        answer = it.http.post(url, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, (body, answer.text)
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert it.show(session)["status"] == "open"
+
+
+def test_an_unknown_reward_is_said_to_be_unknown(service):
+    it = service()
+    for invalid in ("the grader crashed", None):
+        session = it.open()
+        with agent(session) as client:
+            say(client, HELLO)
+        it.finish(session, **({"invalid": invalid} if invalid else {"components": {"r": 1.0}}))
+    status = it.server.client.status()
+    assert (status.ready_groups, status.discarded_groups) == (0, 1)  # one valid sibling is no baseline
+
+
+def test_nothing_sampled_is_nothing_to_finish(service):
+    it = service()
+    session = it.open()
+    assert "no turns" in it.finish(session, 400)["error"]["message"]
+    done = it.http.delete(f"/v1/sessions/{session['id']}").json()
+    assert (done["status"], done["score"]) == ("abandoned", None)
+
+
+def test_a_session_that_nobody_finishes_expires_typed_and_counted(service):
+    it = service()
+    lost = it.open(ttl_s=0.3)
+    with agent(lost) as client:
+        say(client, HELLO)
+        deadline = time.monotonic() + 10
+        while it.show(lost)["status"] == "open" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert it.show(lost)["status"] == "expired"
+        assert it.show(lost)["score"] is None
+        with pytest.raises(openai.ConflictError, match="expired"):
+            say(client, HELLO)
+    assert "expired" in it.finish(lost, 409)["error"]["message"]
+    for _ in range(2):
+        session = it.open()
+        with agent(session) as client:
+            say(client, HELLO)
+        it.finish(session)
+    batch = it.server.client.take_batch(0, timeout_s=10, step=1)
+    assert batch.metrics["failed"] == 1
+    assert [member.score for member in batch.groups[0].members] == [1.0, 1.0]
+    expired = [t for t in it.trajectories() if t.status is EpisodeStatus.FAILED]
+    assert [(t.trajectory_id, t.score) for t in expired] == [(lost["id"], None)]
+    assert expired[0].error is not None
+    assert expired[0].error.startswith("SessionExpired")
+    assert it.server.client.status().failed == 1
+
+
+def test_a_session_whose_agent_asks_nothing_expires_before_its_time(service):
+    it = service(sessions={"idle_s": 0.5}, engine=slow(0.1))
+    session, silent = it.open(), it.open()
+    with agent(session) as client:
+        say(client, HELLO, max_tokens=8, seed=3)  # longer than idle_s perhaps, and no silence
+        assert it.show(session)["status"] == "open"
+    deadline = time.monotonic() + 10
+    while it.show(silent)["status"] == "open" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert it.show(silent)["status"] == "expired"
