@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from agentgym.engine.protocol import Engine, WeightUpdate
+from agentgym.engine.protocol import Engine, Probe, VerifyingEngine, WeightUpdate
 from agentgym.errors import EngineError, InputError, VersionError
 from agentgym.policy import Completion, FinishReason, OnTokens, SamplingParams, Segment
 
@@ -38,9 +38,10 @@ class PublishReport:
 
     version: int
     pause_s: float  # nothing was sampled for so long
-    total_s: float  # pause_s, the preparation, and the wait for earlier publications and (mode "wait") running requests
+    total_s: float  # with the preparation, the probe, and the wait for other publications and ("wait") running requests
     mode: PublishMode
     ended_pause: int | None = None  # the pause that it ended; pause_s counts from its beginning
+    probe_off: float | None = None  # the engine's largest difference to the probe; None: nothing was compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,18 +242,21 @@ class VersionedPolicy:
                     _log.warning("a pause was neither ended nor followed by a publication in time; sampling goes on")
                     await self._end_pause(expired=True)
 
-    async def publish(self, update: WeightUpdate, mode: PublishMode | None = None) -> PublishReport:
+    async def publish(
+        self, update: WeightUpdate, mode: PublishMode | None = None, probe: Probe | None = None
+    ) -> PublishReport:
         """Serves `update` from now on; one publication at a time, in the order of the calls. `mode` is that of this
-        policy where none is given. Ends a pause, in any case.
+        policy where none is given. Ends a pause, in any case. An engine that can be verified is compared with `probe`
+        once it samples again.
 
-        Raises VersionError or EngineError, and then the old version goes on being served. A cancelled caller does not
-        stop a publication half-way.
+        Raises VersionError or EngineError, and then the old version goes on being served; or none, where no server of
+        the engine agrees with the probe. A cancelled caller does not stop a publication half-way.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._counted(update, mode or self._publish_mode)))
+        return await asyncio.shield(asyncio.ensure_future(self._counted(update, mode or self._publish_mode, probe)))
 
-    async def _counted(self, update: WeightUpdate, mode: PublishMode) -> PublishReport:
+    async def _counted(self, update: WeightUpdate, mode: PublishMode, probe: Probe | None) -> PublishReport:
         try:
-            report = await self._publish(update, mode)
+            report = await self._publish(update, mode, probe)
         except (VersionError, EngineError):
             before = self.publications
             self.publications = dataclasses.replace(before, failed=before.failed + 1)
@@ -261,7 +265,7 @@ class VersionedPolicy:
         self.publications = Publications(before.done + 1, before.failed, before.pause_s + report.pause_s, report)
         return report
 
-    async def _publish(self, update: WeightUpdate, mode: PublishMode) -> PublishReport:
+    async def _publish(self, update: WeightUpdate, mode: PublishMode, probe: Probe | None) -> PublishReport:
         asked = time.perf_counter()
         async with self._turn:
             if update.version <= self.engine.policy_version:
@@ -288,9 +292,12 @@ class VersionedPolicy:
                     self._note_end_of_pause()
                 self._open.set()
                 self._closed_for = None
-            now = time.perf_counter()
+            opened = time.perf_counter()
             ended = paused.pause_id if paused else None
-            return PublishReport(update.version, now - closed, now - asked, mode, ended)
+            off = None
+            if probe is not None and isinstance(self.engine, VerifyingEngine):
+                off = await self.engine.verify(probe)
+            return PublishReport(update.version, opened - closed, time.perf_counter() - asked, mode, ended, off)
 
     async def _pass(self, sampled: int) -> None:
         """Waits at the closed gate, and says in the log what for."""

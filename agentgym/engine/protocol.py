@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from agentgym.policy import OnTokens, SamplingParams, Segment
 
@@ -24,6 +24,18 @@ class WeightUpdate:
 
     version: int
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the trainer computes for a few tokens with the weights that it publishes, at temperature 1.
+
+    Example: `Probe(token_ids=(1, 7, 5), logprobs=(-0.4, -2.1), tolerance=1e-3)`.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of token_ids[1:]
+    tolerance: float  # the largest difference that is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +99,14 @@ class Engine(Protocol):
     async def stats(self) -> EngineStats: ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class VerifyingEngine(Protocol):
+    """An engine of several servers that somebody else wrote, which can be asked what they really compute."""
+
+    async def verify(self, probe: Probe) -> float | None:
+        """Compares the logprobs of the weights now served with the trainer's, while sampling goes on; a server that
+        is further off than the tolerance is taken out. Returns the largest difference, None if nothing was there to
+        compare. Raises EngineError where every server is off."""
+        ...

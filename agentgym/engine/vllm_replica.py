@@ -13,11 +13,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from agentgym.engine.protocol import PauseMode
+from agentgym.engine.vllm_facts import ServerFacts
 from agentgym.engine.vllm_weights import PublishedTensors
 from agentgym.errors import EngineDiedError, EngineError, InputError
 from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
@@ -90,12 +92,22 @@ class Sampling:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a request met: tokens that it has already, the version that was served, and whether that is an adapter."""
+
+    start: int
+    version: int
+    adapted: bool
+
+
 class VllmReplica:
     """A server that answers at `url`, or at the Unix socket `socket`. `run` names this run in its weight versions."""
 
     def __init__(self, name: str, run: str, *, url: str | None = None, socket: str | None = None) -> None:
         self.name = name
         self.version = 0
+        self._adapted = False  # whether the version is an adapter, which its requests name
         self._run = run
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits) if socket else None
@@ -111,14 +123,14 @@ class VllmReplica:
 
         Raises ReplicaLostError or ReplicaPausedError, and what has come until then is in `work`; EngineError.
         """
-        start, served = len(work.token_ids), self.version
+        asked = _Asked(len(work.token_ids), self.version, self._adapted)
         try:
             async with self._http.stream("POST", "/inference/v1/generate", json=self._request(work)) as response:
                 if response.status_code != 200:
                     raise self._refusal(response.status_code, await response.aread())
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
-                        self._take(json.loads(line[len("data: ") :]), work, start, served)
+                        self._take(json.loads(line[len("data: ") :]), work, asked)
                         if work.finish_reason is not None:
                             return
         except (httpx.TransportError, ValueError) as error:
@@ -138,10 +150,14 @@ class VllmReplica:
         }
         if params.seed is not None:
             sampling["seed"] = derived_seed(params.seed, len(context))
-        salt = self._label(self.version)  # keys of other weights are never found in the prefix cache
-        return {"token_ids": context, "sampling_params": sampling, "stream": True, "cache_salt": salt}
+        return {"token_ids": context, "sampling_params": sampling, "stream": True, **self._weights()}
 
-    def _take(self, chunk: dict[str, Any], work: Sampling, start: int, served: int) -> None:
+    def _weights(self) -> dict[str, str]:
+        """What a request says of the weights that it wants; keys of others are never found in the prefix cache."""
+        label = self._label(self.version)
+        return {"cache_salt": label, "model": label} if self._adapted else {"cache_salt": label}
+
+    def _take(self, chunk: dict[str, Any], work: Sampling, asked: _Asked) -> None:
         if "error" in chunk:
             raise self._refusal(int(chunk["error"].get("code") or 500), json.dumps(chunk["error"]).encode())
         if not chunk.get("choices"):
@@ -152,7 +168,8 @@ class VllmReplica:
             raise EngineError(f"the model's logits are not finite (policy version {self.version})")
         if len(logprobs) != len(choice["token_ids"]):
             raise EngineError(f"{self.name} sent {len(choice['token_ids'])} tokens with {len(logprobs)} logprobs")
-        work.add(choice["token_ids"], logprobs, self.version, served)
+        start, served = asked.start, asked.version
+        work.add(choice["token_ids"], logprobs, served if asked.adapted else self.version, served)
         reason = choice.get("finish_reason")
         if reason is None:
             return
@@ -162,6 +179,8 @@ class VllmReplica:
         if len(work.token_ids) > start and (not spans or spans[-1]["end"] != len(work.token_ids) - start):
             raise EngineError(f"{self.name} gives no weight versions for its tokens, but {spans}")
         labels = [(start + span["start"], self._number(span["version"]), served) for span in spans]
+        if asked.adapted:  # a request keeps the adapter that it named, whatever is served meanwhile
+            labels = [(start, served, served)]
         work.relabel(start, [label for label in labels if label[0] < len(work.token_ids)])
         work.finish_reason = _FINISH[reason]
 
@@ -188,7 +207,8 @@ class VllmReplica:
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """The logprobs of `token_ids[1:]` under the weights now served, by one forward. Not while it is paused."""
         sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
-        answer = await self._post("/inference/v1/generate", {"token_ids": list(token_ids), "sampling_params": sampling})
+        request = {"token_ids": list(token_ids), "sampling_params": sampling, **self._weights()}
+        answer = await self._post("/inference/v1/generate", request)
         rows = answer.get("prompt_logprobs") or []
         if len(rows) != len(token_ids):
             raise EngineError(f"{self.name} scored {len(rows)} of {len(token_ids)} tokens")
@@ -225,13 +245,30 @@ class VllmReplica:
             await self._post("/finish_weight_update", {"weight_version": self._label(version)})
         else:
             await self._post("/update_weight_version", {"new_version": self._label(version)})
-        self.version = version
+        self.version, self._adapted = version, False
+
+    async def stage_adapter(self, version: int, folder: Path) -> None:
+        """Has the server load the adapter in `folder`, while it samples under others: requests name theirs.
+
+        Each version is a name of its own. With `load_inplace` the server (0.32) would read the adapter again from its
+        folder at every step of every request that names it.
+        """
+        await self._post("/v1/load_lora_adapter", {"lora_name": self._label(version), "lora_path": str(folder)})
+
+    async def load_adapter(self, version: int) -> None:
+        """Serves the adapter that was staged, as `version`; only while paused."""
+        await self._post("/update_weight_version", {"new_version": self._label(version)})
+        self.version, self._adapted = version, True
+
+    async def forget_adapter(self, version: int) -> None:
+        """No request will name `version` any more."""
+        await self._post("/v1/unload_lora_adapter", {"lora_name": self._label(version)})
 
     async def begin(self, version: int) -> None:
         """Calls the weights that a server was started with `version`."""
         await self._post("/update_weight_version", {"new_version": self._label(version)})
         await self._post("/reset_prefix_cache")
-        self.version = version
+        self.version, self._adapted = version, False
 
     # ------------------------------------------------------------------------------------------------- the server
 
@@ -252,7 +289,7 @@ class VllmReplica:
                 "--enable-scale-out"
             )
         told = await self._get("/server_info?config_format=json")
-        return ServerFacts.of(told["vllm_config"])
+        return ServerFacts.of(told["vllm_config"], takes_adapters="/v1/load_lora_adapter" in routes)
 
     async def close(self) -> None:
         with contextlib.suppress(httpx.TransportError, RuntimeError):
@@ -273,64 +310,12 @@ class VllmReplica:
         if response.status_code != 200:
             said = response.text[:1000]
             raise EngineError(f"{self.name} failed at {route} with status {response.status_code}: {said}")
-        return response.json()
+        is_json = response.headers.get("content-type", "").startswith("application/json")
+        return response.json() if is_json else {}  # of an adapter it says in words that it is loaded
 
 
 _CONTROL_S = 300.0
 _ROUTES = ("/inference/v1/generate", "/pause", "/resume", "/update_weights", "/weight_info", "/server_info")
-
-
-@dataclass(frozen=True, slots=True)
-class ServerFacts:
-    """The settings of a server that correctness depends on.
-
-    Example: `ServerFacts(model="/models/tiny", dtype="float32", max_context=512, logprobs_mode="processed_logprobs",
-    backend="agentgym_file", async_scheduling=False)`.
-    """
-
-    model: str
-    dtype: str
-    max_context: int
-    logprobs_mode: str
-    backend: str | None
-    async_scheduling: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ServerFacts:
-        model, scheduler = config["model_config"], config["scheduler_config"]
-        transfer = config.get("weight_transfer_config")
-        return cls(
-            model=str(model["model"]),
-            dtype=str(model["dtype"]).removeprefix("torch."),
-            max_context=int(model["max_model_len"]),
-            logprobs_mode=str(model["logprobs_mode"]),
-            backend=transfer.get("backend") if isinstance(transfer, dict) else None,
-            async_scheduling=bool(scheduler.get("async_scheduling")),
-        )
-
-    def check(self, name: str, *, backend: str, dtype: str, max_context: int) -> None:
-        """Raises InputError with the first thing that cannot be trained on, and its mend."""
-        if self.logprobs_mode != "processed_logprobs":
-            raise InputError(
-                f"{name} records {self.logprobs_mode}, which are not those of the distribution that it samples from; "
-                "start it with --logprobs-mode processed_logprobs"
-            )
-        if self.backend != backend:
-            wanted = json.dumps({"backend": backend})
-            raise InputError(
-                f"{name} has the weight-transfer back end {self.backend!r}, and published files are loaded by "
-                f"{backend!r} (nccl, ipc and sparse_nccl need a trainer on GPUs and are not driven by this engine); "
-                f"install this distribution beside vLLM and start it with --weight-transfer-config '{wanted}'"
-            )
-        if self.async_scheduling:
-            raise InputError(f"{name} schedules asynchronously, which is not proven here; add --no-async-scheduling")
-        if self.dtype != dtype:
-            raise InputError(f"{name} computes in {self.dtype}, engine.dtype is {dtype}; change one of them")
-        if self.max_context < max_context:
-            raise InputError(
-                f"{name} has a context of {self.max_context} tokens, this run needs {max_context}; start it with "
-                f"--max-model-len {max_context}"
-            )
 
 
 def derived_seed(seed: int, position: int) -> int:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from agentgym.engine.protocol import PauseMode
+import numpy as np
+
+from agentgym.engine.protocol import PauseMode, Probe
 from agentgym.engine.vllm_replica import VllmReplica
 from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions, until_answering
 from agentgym.engine.vllm_weights import PublishedTensors
@@ -50,10 +52,23 @@ class Served(Protocol):
     model_folder: Path
     dtype: str
     max_context: int
+    max_lora_rank: int | None
     going: asyncio.Event  # set while the engine is not paused
 
     def serves(self) -> tuple[int, Path | None]:
         """The version that a replica must have, and the file of its weights; None: those of the model's folder."""
+        ...
+
+    def probe(self) -> Probe | None:
+        """What a replica must agree with before it serves that version."""
+        ...
+
+    def adapter_folder(self, version: int, published: PublishedTensors) -> Path:
+        """Where an adapter lies for a server."""
+        ...
+
+    def named(self) -> set[int]:
+        """The versions that a request names, or will."""
         ...
 
     def seat_changed(self, seat: Seat) -> None:
@@ -75,7 +90,8 @@ class Seat:
         self._options = options
         self._url = url
         self._restarts = 0
-        self._loaded: Mapping[str, str] | None = None  # checksums of what the server holds; None: not known
+        self._loaded: Mapping[str, str] | None = None  # checksums of the model it holds; None: not known
+        self._adapters: set[int] = set()  # versions that it has loaded
         self._staged: tuple[PublishedTensors, Mapping[str, str]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -93,7 +109,10 @@ class Seat:
         replica = await self._server()
         facts = await replica.facts()
         engine = self._engine
-        facts.check(self.name, backend=BACKEND, dtype=engine.dtype, max_context=engine.max_context)
+        facts.check(
+            self.name, backend=BACKEND, dtype=engine.dtype, max_context=engine.max_context,
+            max_lora_rank=engine.max_lora_rank,
+        )  # fmt: skip
         current = -1
         if self._options is not None:  # it has loaded the model's folder itself
             await replica.begin(0)
@@ -104,6 +123,7 @@ class Seat:
                 continue
             current, path = engine.serves()
             await self._bring(replica, current, path, facts.model)
+            await self._check_probe()
         self.state, self.error, self._staged = "serving", "", None
         _log.info("%s serves version %d", self.name, replica.version)
         engine.seat_changed(self)
@@ -132,31 +152,57 @@ class Seat:
                 await replica.begin(version)
                 return
         published = await asyncio.to_thread(PublishedTensors.read, path.absolute())
-        await self.stage(published)
+        await self.stage(version, published)
         await replica.pause("abort")
         await self.load(version, published)
         await replica.resume()
 
     # ---------------------------------------------------------------------------------------------------- serving
 
-    async def stage(self, published: PublishedTensors) -> None:
-        """Has the server compare what it will load, while it samples."""
+    async def stage(self, version: int, published: PublishedTensors) -> None:
+        """Has the server compare what it will load, or load an adapter beside the one it serves, while it samples."""
         assert self.replica is not None
         self._staged = None
-        names = published.changed(self._loaded)
-        await self.replica.stage(published, names)
+        if published.adapter_config is None:
+            names = published.changed(self._loaded)
+            await self.replica.stage(published, names)
+        else:
+            names = {}
+            for named in self._adapters - self._engine.named():
+                await self.replica.forget_adapter(named)
+                self._adapters.discard(named)
+            await self.replica.stage_adapter(version, self._engine.adapter_folder(version, published))
+            self._adapters.add(version)
         self._staged = published, names
 
     async def load(self, version: int, published: PublishedTensors) -> int:
         """Serves `published` as `version`; only while paused. Returns how many bytes the server had to load."""
         assert self.replica is not None
         if self._staged is None or self._staged[0] is not published:  # it came to serve after the others had staged
-            await self.stage(published)
+            await self.stage(version, published)
         assert self._staged is not None
-        names, self._loaded, self._staged = self._staged[1], None, None
+        names, self._staged = self._staged[1], None
+        if published.adapter_config is not None:
+            await self.replica.load_adapter(version)
+            return sum(published.sizes.values())
+        self._loaded = None
         await self.replica.load(version, names)
         self._loaded = published.checksums
         return sum(published.sizes[name] for name in names)
+
+    async def off(self, probe: Probe) -> float:
+        """The largest difference between the server's logprobs and the trainer's. Not while it is paused."""
+        assert self.replica is not None
+        scored = await self.replica.score(probe.token_ids)
+        return float(np.abs(np.subtract(scored, probe.logprobs)).max())  # nan, where there is one
+
+    async def _check_probe(self) -> None:
+        """Raises EngineError where the server has the weights and computes something else."""
+        probe = self._engine.probe()
+        if probe is not None and not (off := await self.off(probe)) <= probe.tolerance:
+            raise EngineError(
+                f"its logprobs are off by {off:.2g} with the weights of version {self.status().policy_version}"
+            )
 
     async def pause(self, mode: PauseMode) -> None:
         assert self.replica is not None
@@ -182,6 +228,8 @@ class Seat:
                     return
             else:
                 await asyncio.sleep(_LOOK_S)
+            if self.state != "serving" or self.replica is not replica:
+                return
             silent = 0 if await replica.answers() else silent + 1
             if silent >= 2 and self.replica is replica:
                 self.lose(f"{self.name} does not answer")
@@ -193,7 +241,8 @@ class Seat:
         if self.state != "serving" or self._closing:
             return
         self.state, self.error, self._loaded, self._staged = "lost", why, None, None
-        _log.warning("%s is taken out: %s", self.name, why)
+        said = f"; it said last:\n{self.server.tail()}" if self.server is not None and "last words" not in why else ""
+        _log.warning("%s is taken out: %s%s", self.name, why, said)
         self._engine.seat_changed(self)
         self._spawn(self._refill())
 
@@ -213,6 +262,7 @@ class Seat:
                 return
 
     async def _empty(self) -> None:
+        self._adapters.clear()
         replica, self.replica = self.replica, None
         server, self.server = self.server, None
         if replica is not None:

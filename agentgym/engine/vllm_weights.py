@@ -28,18 +28,20 @@ _LONGEST_HEADER = 100 * 2**20
 class PublishedTensors:
     """A safetensors file as its checksums.
 
-    Example: `PublishedTensors(Path("000003.safetensors"), {"model.norm.weight": "9f..."}, {"model.norm.weight": 256})`.
+    Example: `PublishedTensors(Path("000003.safetensors"), {"model.norm.weight": "9f..."}, {"model.norm.weight": 256},
+    None)`.
     """
 
     path: Path
     checksums: Mapping[str, str]
     sizes: Mapping[str, int]  # bytes
+    adapter_config: str | None  # PEFT's adapter_config.json, where the file holds an adapter and not a model
 
     @classmethod
     def read(cls, path: Path) -> PublishedTensors:
         """Reads every byte of `path`. Raises EngineError for what is not a whole safetensors file."""
         try:
-            header, data = _map(path)
+            header, metadata, data = _map(path)
         except (OSError, ValueError) as error:
             raise EngineError(f"{path} is not a readable safetensors file: {error}") from error
         checksums, sizes = {}, {}
@@ -47,7 +49,7 @@ class PublishedTensors:
             start, end = _offsets(path, name, entry, len(data))
             checksums[name] = checksum(data[start:end])
             sizes[name] = end - start
-        return cls(path, checksums, sizes)
+        return cls(path, checksums, sizes, _adapter_config(path, metadata))
 
     def changed(self, loaded: Mapping[str, str] | None) -> dict[str, str]:
         """The checksums of the layers of which a tensor differs from what is `loaded`; of all where that is unknown.
@@ -90,7 +92,17 @@ def _factors(count: int, factor: np.uint64) -> np.ndarray:
     return (np.uint64(2) * np.arange(count, dtype=np.uint64) + np.uint64(1)) * factor
 
 
-def _map(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+def _adapter_config(path: Path, metadata: Mapping[str, Any]) -> str | None:
+    """What weight_file.py says of the file: `{"format": "lora", "adapter_config": ...}` for an adapter."""
+    if metadata.get("format") != "lora":
+        return None
+    config = metadata.get("adapter_config")
+    if not isinstance(config, str):
+        raise EngineError(f"{path} says that it is an adapter, and has no adapter_config in its metadata")
+    return config
+
+
+def _map(path: Path) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
     raw = np.memmap(path, np.uint8, "r")
     length = int.from_bytes(raw[:_HEADER_BYTES].tobytes(), "little")
     if not 2 <= length <= min(_LONGEST_HEADER, len(raw) - _HEADER_BYTES):
@@ -98,8 +110,8 @@ def _map(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     header = json.loads(raw[_HEADER_BYTES : _HEADER_BYTES + length].tobytes())
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    header.pop("__metadata__", None)
-    return header, raw[_HEADER_BYTES + length :]
+    metadata = header.pop("__metadata__", None)
+    return header, metadata if isinstance(metadata, dict) else {}, raw[_HEADER_BYTES + length :]
 
 
 def _offsets(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
-from agentgym.engine.protocol import WeightUpdate
+from agentgym.engine.protocol import Probe, WeightUpdate
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, EnvError, InputError, NotNowError, ServiceError
 from agentgym.render.protocol import Renderer
 from agentgym.rollout.batch import CollectedBatch, CollectorSettings, Outside, OutsideTask
@@ -197,9 +197,9 @@ class Collector:
         except EngineError as error:
             log.warning("the engine does not say how it is: %s", error)
 
-    async def publish(self, update: WeightUpdate) -> PublishReport:
+    async def publish(self, update: WeightUpdate, probe: Probe | None = None) -> PublishReport:
         """Serves new weights; the batch in training is consumed by that."""
-        report = await self._policy.publish(update)
+        report = await self._policy.publish(update, probe=probe)
         self._buffer.publish()
         self._fill()
         return report

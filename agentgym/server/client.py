@@ -116,10 +116,11 @@ class ServiceClient:
                 return batch
             self._report(on_wait, deadline, "a batch")
 
-    def publish(self, version: int, path: Path) -> PublishReport:
+    def publish(self, version: int, path: Path, probe: wire.Probe | None = None) -> PublishReport:
         """Has the engine serve the weights in `path`, a file in the versions folder that the service was started
-        with. Raises VersionError if `version` is not newer than the one served."""
-        return self._post("/publish", wire.PublishRequest(version, str(path)), PublishReport)
+        with, and compare itself with `probe`. Raises VersionError if `version` is not newer than the one served,
+        EngineError if it cannot be loaded, or if no server of the engine agrees with the probe."""
+        return self._post("/publish", wire.PublishRequest(version, str(path), probe), PublishReport)
 
     def feed(self, cursor: int = 0, max_tokens: int = 65_536) -> FeedPage:
         """What the token rows of buffered and in-flight trajectories grew by since `cursor`, completions up to their

@@ -37,7 +37,10 @@ async def _vllm(section: EngineSection, model_folder: Path, max_context: int) ->
     from agentgym.engine.vllm_server import VllmServerOptions
 
     if section.vllm_urls:
-        return await VllmEngine.connect(model_folder, section.vllm_urls, max_context=max_context, dtype=section.dtype)
+        return await VllmEngine.connect(
+            model_folder, section.vllm_urls, max_context=max_context, dtype=section.dtype,
+            max_lora_rank=section.max_lora_rank,
+        )  # fmt: skip
     options = VllmServerOptions(
         python=section.vllm_python or Path(sys.executable),
         max_context=max_context,
@@ -46,6 +49,7 @@ async def _vllm(section: EngineSection, model_folder: Path, max_context: int) ->
         dtype=section.dtype,
         kv_cache_gb=section.vllm_kv_cache_gb,
         start_s=section.vllm_start_s,
+        max_lora_rank=section.max_lora_rank,
         extra_args=section.vllm_args,
     )
     return await VllmEngine.start(model_folder, options, replicas=section.replicas)

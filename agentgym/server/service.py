@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +19,7 @@ from typing import Literal
 
 from agentgym import registry
 from agentgym.engine.gate import VersionedPolicy
-from agentgym.engine.protocol import Engine, WeightUpdate
+from agentgym.engine.protocol import Engine, Probe, WeightUpdate
 from agentgym.errors import InputError, ServiceError
 from agentgym.render import ChatTemplateRenderer, load_renderer
 from agentgym.rollout.collector import CollectedBatch, Collector, CollectorSettings
@@ -194,8 +195,10 @@ class RolloutService:
         self._unacknowledged.add(batch_id)
         return _to_batch(batch_id, collected, self._boxes.metrics().named() if self._boxes else {})
 
-    async def publish(self, version: int, path: str) -> PublishReport:
+    async def publish(self, version: int, path: str, probe: Probe | None = None) -> PublishReport:
         """Serves the weights in `path`, which must lie in the versions folder: a request is hostile until checked."""
+        if probe is not None:
+            self._check_probe(probe)
         try:
             file = Path(path).resolve()
             inside = file.is_relative_to(self._versions_dir) and file.suffix == ".safetensors"
@@ -206,9 +209,23 @@ class RolloutService:
             raise InputError(f"published weights must be a .safetensors file in {self._versions_dir}, got {path!r}")
         if not exists:
             raise InputError(f"there are no weights at {path}")
-        report = await self.collector.publish(WeightUpdate(version, file))
+        report = await self.collector.publish(WeightUpdate(version, file), probe)
         live = self.collector.live_versions()
-        return PublishReport(report.version, report.pause_s, report.total_s, live, report.ended_pause)
+        return PublishReport(
+            report.version, report.pause_s, report.total_s, live, report.ended_pause, report.probe_off
+        )
+
+    def _check_probe(self, probe: Probe) -> None:
+        count = len(probe.token_ids)
+        if not 2 <= count < self.max_context or len(probe.logprobs) != count - 1:
+            raise InputError(
+                f"a probe has 2 to {self.max_context - 1} tokens and a logprob of each but the first, got {count} and "
+                f"{len(probe.logprobs)}"
+            )
+        if not all(0 <= token < self.vocab_size for token in probe.token_ids):
+            raise InputError(f"the tokens of a probe must be in [0, {self.vocab_size})")
+        if not 0 < probe.tolerance < math.inf or not all(map(math.isfinite, probe.logprobs)):
+            raise InputError(f"a probe needs finite logprobs and a tolerance > 0, got {probe.tolerance}")
 
     def feed(self, cursor: int, max_tokens: int) -> FeedPage:
         """The token rows of every trajectory that is buffered or in flight, as they grew since `cursor`."""

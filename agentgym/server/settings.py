@@ -104,13 +104,14 @@ class EngineSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     publish_mode: Literal["abort", "wait", "keep"] = "abort"  # what new weights do to running requests
     replicas: int = 1  # vLLM servers to start
+    max_lora_rank: int | None = None  # of the adapters that vLLM servers shall take; a run sets it to its own
     vllm_python: Path | None = None  # the interpreter that has vllm and this distribution; None: the service's own
     vllm_urls: tuple[str, ...] = ()  # vLLM servers that run already: none is started then
     vllm_args: tuple[str, ...] = ()  # more arguments for each server's command line
     vllm_kv_cache_gb: int = 1  # of a server on a CPU
     vllm_start_s: float = 600.0
 
-    @field_validator("slots", "threads", "max_context", "replicas", "vllm_kv_cache_gb")
+    @field_validator("slots", "threads", "max_context", "replicas", "max_lora_rank", "vllm_kv_cache_gb")
     @classmethod
     def _at_least_one(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
@@ -127,9 +128,11 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> EngineSection:
-        if self.kind == "torch" and (self.replicas > 1 or self.vllm_urls or self.vllm_args or self.vllm_python):
+        of_vllm = (self.max_lora_rank, self.vllm_urls, self.vllm_args, self.vllm_python)
+        if self.kind == "torch" and (self.replicas > 1 or any(of_vllm)):
             raise ValueError(
-                "replicas, vllm_urls, vllm_args and vllm_python are of kind = 'vllm'; set it, or drop them"
+                "replicas, max_lora_rank, vllm_urls, vllm_args and vllm_python are of kind = 'vllm'; set it, or drop "
+                "them"
             )
         if self.kind == "vllm" and self.in_process:
             raise ValueError("in_process is of kind = 'torch': vLLM always runs in processes of its own")

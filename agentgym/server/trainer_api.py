@@ -42,7 +42,7 @@ def trainer_router(service: RolloutService, stop: Callable[[], None]) -> APIRout
     @router.post("/publish")
     async def publish(request: Request) -> Response:
         asked = await _read(request, wire.PublishRequest)
-        return _answer(await service.publish(asked.version, asked.path))
+        return _answer(await service.publish(asked.version, asked.path, asked.probe))
 
     @router.post("/feed")
     async def feed(request: Request) -> Response:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from agentgym import errors
+from agentgym.engine.protocol import Probe
 from agentgym.errors import AgentGymError, ServiceError
 from agentgym.rollout.feed import FeedPage as FeedPage
 from agentgym.rollout.feed import Piece as Piece
@@ -66,6 +67,7 @@ class PublishReport:
     total_s: float
     live_versions: tuple[int, ...]
     ended_pause: int | None = None  # the pause that it ended; pause_s counts from its beginning
+    probe_off: float | None = None  # the engine's largest difference to the probe; None: nothing was compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class BatchRequest:
 class PublishRequest:
     version: int
     path: str
+    probe: Probe | None = None  # what the trainer computes with these weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from agentgym.errors import ConfigError, ServiceError
 from agentgym.server.client import ServiceClient, start_service
-from agentgym.server.wire import Batch, Evaluation, ServiceStatus
+from agentgym.server.wire import Batch, Evaluation, Probe, PublishReport, ServiceStatus
 from agentgym.trajectory import ScoredSequences
 from agentgym.versions import VersionLog
 from agentgym.view.plot import plot_rewards
@@ -135,11 +135,13 @@ class Leader:
         self._unacknowledged.append(batch.batch_id)
         return step
 
-    def publish(self, done: int, step: Step, weights: Publication, metrics: Mapping[str, float]) -> Mapping[str, float]:
+    def publish(
+        self, done: int, step: Step, weights: Publication, metrics: Mapping[str, float], probe: Probe | None = None
+    ) -> Mapping[str, float]:
         """After step `done` (counted from 1): new weights to the log and the engine, figures to the run folder.
         Returns the figures."""
         began = time.monotonic()
-        pause_s = self._serve(self._versions.append(weights.weights, weights.metadata))
+        report = self._serve(self._versions.append(weights.weights, weights.metadata), probe)
         figures = {
             **step.batch.metrics,
             **metrics,
@@ -147,7 +149,8 @@ class Leader:
             "tokens_per_s": step.batch.metrics["sampled_tokens"] / (time.monotonic() - self._step_began),
             "time/wait_s": self._wait_s,
             "time/publish_s": time.monotonic() - began,
-            "time/pause_s": pause_s,
+            "time/pause_s": report.pause_s,
+            **({} if report.probe_off is None else {"discrepancy/probe_max_abs": report.probe_off}),
             "policy_version": float(self._served),
             **_log_figures(self._versions),
         }
@@ -190,11 +193,11 @@ class Leader:
         shown = {**summary, "run folder": str(self._folder.path), "plot": str(self._folder.plot_path)}
         final_table(shown, self._console, title=f"run {self._config.run.name}")
 
-    def _serve(self, version: int) -> float:
-        report = self._client.publish(version, self._versions.path(version))
+    def _serve(self, version: int, probe: Probe | None = None) -> PublishReport:
+        report = self._client.publish(version, self._versions.path(version), probe)
         self._served = version
         _hold_known(self._versions, "service", report.live_versions)
-        return report.pause_s
+        return report
 
     def _evaluate(self, done: int, when: str) -> Evaluation | None:
         section = self._config.evaluation

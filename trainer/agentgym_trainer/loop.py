@@ -24,6 +24,7 @@ from agentgym_trainer.learner import Learner, load_model, make_accelerator
 from agentgym_trainer.lora import require_targets
 from agentgym_trainer.preflight import check
 from agentgym_trainer.publish import published_metadata, save_model
+from agentgym_trainer.published_probe import published_probe
 from agentgym_trainer.run_folder import RunFolder
 from agentgym_trainer.settings import TrainConfig
 
@@ -71,7 +72,8 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
             step = exchange.share(f"step/{number}", leader.next_step(number + 1) if leader else None)
             metrics = learner.learn(step.trajectories, step.trainer_version)
             if leader:
-                figures = leader.publish(number + 1, step, learner.published(), metrics)
+                probe = published_probe(learner.module, step.trajectories, config)
+                figures = leader.publish(number + 1, step, learner.published(), metrics, probe)
                 accelerator.log(dict(figures), step=number + 1)
             if _is_due(number + 1, config):
                 seconds = time.monotonic() - started + progress.seconds

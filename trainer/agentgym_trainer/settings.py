@@ -82,6 +82,9 @@ class TrainerSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     publish_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 where the engine serves it: small deltas
     lora: LoraSection | None = None  # None: all weights are trained
+    # Tokens with which vLLM servers are compared after a publication; 0: none, where a forward of so many is too dear.
+    probe_tokens: int = Field(default=64, ge=0)
+    probe_tolerance: float | None = Field(default=None, gt=0.0)  # of a logprob; None: 1e-3, and 0.5 in bfloat16
     threads: int = Field(default=1, ge=1)  # compute threads per trainer process on a CPU
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -185,4 +188,7 @@ class TrainConfig(ServiceConfig):
 
     def service(self) -> ServiceConfig:
         """The sections that the rollout service is started with."""
-        return ServiceConfig(**{name: getattr(self, name) for name in ServiceConfig.model_fields})
+        sections = {name: getattr(self, name) for name in ServiceConfig.model_fields}
+        if self.trainer.lora and self.engine.kind == "vllm" and self.engine.max_lora_rank is None:
+            sections["engine"] = self.engine.model_copy(update={"max_lora_rank": self.trainer.lora.rank})
+        return ServiceConfig(**sections)

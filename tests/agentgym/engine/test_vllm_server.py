@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentgym.engine import vllm_keeper
 from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_replica import ServerFacts
+from agentgym.engine.vllm_facts import ServerFacts
 from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
@@ -23,7 +24,9 @@ FACTS = {
     "model_config": {
         "model": "m", "dtype": "torch.float32", "max_model_len": 128, "logprobs_mode": "processed_logprobs",
     },
-    "scheduler_config": {"async_scheduling": False},
+    "scheduler_config": {"async_scheduling": False, "enable_chunked_prefill": False},
+    "device_config": {"device": "cpu"},
+    "lora_config": None,
     "weight_transfer_config": {"backend": BACKEND},
 }  # fmt: skip
 
@@ -42,16 +45,37 @@ def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> 
         ("model_config", "dtype", "torch.bfloat16", "engine.dtype is float32"),
         ("model_config", "max_model_len", 64, "--max-model-len 128"),
         ("scheduler_config", "async_scheduling", True, "--no-async-scheduling"),
+        ("scheduler_config", "enable_chunked_prefill", True, "--no-enable-chunked-prefill"),
         ("weight_transfer_config", "backend", "nccl", "--weight-transfer-config"),
     ],
 )
 def test_a_server_that_lacks_what_correctness_needs_is_refused(
     section: str, key: str, value: object, mend: str
 ) -> None:
-    ServerFacts.of(FACTS).check("s", backend=BACKEND, dtype="float32", max_context=128)
-    config = {**FACTS, section: {**FACTS[section], key: value}}
+    check(FACTS)
     with pytest.raises(InputError, match=mend):
-        ServerFacts.of(config).check("s", backend=BACKEND, dtype="float32", max_context=128)
+        check({**FACTS, section: {**FACTS[section], key: value}})
+
+
+def check(config: dict[str, Any], *, takes_adapters: bool = False, max_lora_rank: int | None = None) -> None:
+    facts = ServerFacts.of(config, takes_adapters=takes_adapters)
+    facts.check("s", backend=BACKEND, dtype="float32", max_context=128, max_lora_rank=max_lora_rank)
+
+
+def test_a_server_on_a_gpu_may_split_prompts() -> None:
+    check({**FACTS, "device_config": {"device": "cuda"}, "scheduler_config": {"enable_chunked_prefill": True}})
+
+
+@pytest.mark.parametrize(
+    ("rank", "route", "wanted"), [(None, True, 4), (4, False, 4), (8, True, 16), (8, True, 8), (8, True, None)]
+)
+def test_a_run_with_adapters_needs_servers_that_take_them(rank: int | None, route: bool, wanted: int | None) -> None:
+    config = {**FACTS, "lora_config": {"max_lora_rank": rank} if rank else None}
+    if wanted is None or (rank and route and rank >= wanted):
+        check(config, takes_adapters=route, max_lora_rank=wanted)
+    else:
+        with pytest.raises(InputError, match=f"this run publishes rank {wanted}; .*--max-lora-rank >= {wanted}"):
+            check(config, takes_adapters=route, max_lora_rank=wanted)
 
 
 def test_what_cannot_be_started_is_told_at_once(model_of, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Adapters as vLLM loads them: a folder with PEFT's two files for each version, in shared memory. Law: a folder is
+whole before anyone hears of it, stays while a request may need it, and does not outlive its owner for long.
+
+A published adapter is one safetensors file with its configuration in the metadata (weight_file.py). Must never know a
+server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.errors import EngineError
+
+_MEMORY = Path("/dev/shm")
+_PREFIX = "agentgym-adapters-"
+_LOCK = ".owner"  # locked for as long as the owner lives, however it ends
+
+
+class AdapterShelf:
+    """Adapters by version. `near`: a folder to make the shelf in; None: this machine's memory."""
+
+    def __init__(self, near: Path | None = None) -> None:
+        self._near = near or (_MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir()))
+        self._root: Path | None = None
+        self._lock: int | None = None
+
+    def put(self, version: int, published: PublishedTensors) -> Path:
+        """The folder of `published`, which is an adapter. Raises EngineError where there is no room."""
+        assert published.adapter_config is not None, "an adapter"
+        try:
+            folder = self._folder() / f"{version:08d}"
+            if not folder.exists():
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                (partial / "adapter_config.json").write_text(published.adapter_config, encoding="utf-8")
+                shutil.copyfile(published.path, partial / "adapter_model.safetensors")
+                partial.rename(folder)
+        except OSError as error:
+            raise EngineError(f"adapter {version} cannot be laid out in {self._near}: {error}") from error
+        return folder
+
+    def keep(self, versions: Collection[int]) -> None:
+        """Removes every other version."""
+        if self._root is not None:
+            for folder in self._root.iterdir():
+                if folder.name != _LOCK and int(folder.name.split(".")[0]) not in versions:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes all; idempotent."""
+        if self._root is not None:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _folder(self) -> Path:
+        if self._root is None:
+            self._remove_orphans()
+            self._root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._near))
+            self._lock = os.open(self._root / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self._root
+
+    def _remove_orphans(self) -> None:
+        """What an owner left that was killed: memory that nobody else would give back."""
+        for root in self._near.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):  # no lock file yet, or locked: somebody's
+                lock = os.open(root / _LOCK, os.O_RDWR)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(root, ignore_errors=True)
+                finally:
+                    os.close(lock)

@@ -1,0 +1,84 @@
+"""What a vLLM server says of itself. Law: a server that would give wrong logprobs, or would end at what this engine
+asks, is refused before it serves, with the mend. Must never know HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agentgym.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """The settings of a server that correctness depends on.
+
+    Example: `ServerFacts(model="/models/tiny", dtype="float32", max_context=512, logprobs_mode="processed_logprobs",
+    backend="agentgym_file", async_scheduling=False, splits_prompts=False, on_cpu=True, max_lora_rank=None)`.
+    """
+
+    model: str
+    dtype: str
+    max_context: int
+    logprobs_mode: str
+    backend: str | None
+    async_scheduling: bool
+    splits_prompts: bool  # chunked prefill
+    on_cpu: bool
+    max_lora_rank: int | None  # None: adapters cannot be loaded while it runs
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], *, takes_adapters: bool) -> ServerFacts:
+        """Reads the vllm_config of /server_info. `takes_adapters`: it has the route that loads one."""
+        model, scheduler = config["model_config"], config["scheduler_config"]
+        transfer = config.get("weight_transfer_config")
+        return cls(
+            model=str(model["model"]),
+            dtype=str(model["dtype"]).removeprefix("torch."),
+            max_context=int(model["max_model_len"]),
+            logprobs_mode=str(model["logprobs_mode"]),
+            backend=transfer.get("backend") if isinstance(transfer, dict) else None,
+            async_scheduling=bool(scheduler.get("async_scheduling")),
+            splits_prompts=bool(scheduler.get("enable_chunked_prefill")),
+            on_cpu=(config.get("device_config") or {}).get("device") == "cpu",
+            max_lora_rank=int((config.get("lora_config") or {}).get("max_lora_rank", 0)) or None
+            if takes_adapters
+            else None,
+        )
+
+    def check(self, name: str, *, backend: str, dtype: str, max_context: int, max_lora_rank: int | None = None) -> None:
+        """Raises InputError with the first thing that cannot be trained on, and its mend."""
+        if self.logprobs_mode != "processed_logprobs":
+            raise InputError(
+                f"{name} records {self.logprobs_mode}, which are not those of the distribution that it samples from; "
+                "start it with --logprobs-mode processed_logprobs"
+            )
+        if self.backend != backend:
+            wanted = json.dumps({"backend": backend})
+            raise InputError(
+                f"{name} has the weight-transfer back end {self.backend!r}, and published files are loaded by "
+                f"{backend!r} (nccl, ipc and sparse_nccl need a trainer on GPUs and are not driven by this engine); "
+                f"install this distribution beside vLLM and start it with --weight-transfer-config '{wanted}'"
+            )
+        if self.async_scheduling:
+            raise InputError(f"{name} schedules asynchronously, which is not proven here; add --no-async-scheduling")
+        if self.dtype != dtype:
+            raise InputError(f"{name} computes in {self.dtype}, engine.dtype is {dtype}; change one of them")
+        if self.max_context < max_context:
+            raise InputError(
+                f"{name} has a context of {self.max_context} tokens, this run needs {max_context}; start it with "
+                f"--max-model-len {max_context}"
+            )
+        if self.on_cpu and self.splits_prompts:
+            raise InputError(
+                f"{name} prefills a prompt in parts, and ends there at a request with a seed (vLLM on a CPU); start it "
+                "with --no-enable-chunked-prefill"
+            )
+        if max_lora_rank is not None and (self.max_lora_rank is None or self.max_lora_rank < max_lora_rank):
+            raise InputError(
+                f"{name} takes adapters up to rank {self.max_lora_rank or 0}, this run publishes rank {max_lora_rank}; "
+                f"start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora, --max-loras 2 and --max-lora-rank "
+                f">= {max_lora_rank}"
+            )

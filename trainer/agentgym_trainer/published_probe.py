@@ -1,0 +1,58 @@
+"""What the trainer computes for a few tokens with the weights that it publishes, for engines to be compared with. Must
+never know how they compare.
+
+Law: the forward is that of the published weights, on rank 0 alone, and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from agentgym.server.wire import Probe
+from agentgym.trajectory import ScoredSequences
+from agentgym_trainer.batch import MicroBatch
+from agentgym_trainer.logprobs import token_logprobs
+from agentgym_trainer.publish import as_published
+from agentgym_trainer.settings import TrainConfig
+
+# Both sides in fp32 differ by 1e-4 at most (benchmarks/logprob_conformance). bfloat16 has eight bits: a token's logits
+# may be off by some percent, and other weights than those published are told by more.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def published_probe(
+    module: torch.nn.Module, trajectories: Sequence[ScoredSequences], config: TrainConfig
+) -> Probe | None:
+    """The first tokens of the batch's first row under `module` as it is published; None where probes are turned off."""
+    length = config.trainer.probe_tokens
+    rows = [sequence for trajectory in trajectories for sequence in trajectory.sequences if len(sequence) > 1]
+    if not length or not rows:
+        return None
+    token_ids = rows[0].token_ids[:length]
+    device = next(module.parameters()).device
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), as_published(module, config.trainer.publish_dtype):
+            logprobs = token_logprobs(module, _whole_row(token_ids).to(device)).logprobs[0, 1:]
+    finally:
+        module.train(training)
+    coarsest = "bfloat16" if "bfloat16" in (config.trainer.dtype, config.engine.dtype) else "float32"
+    tolerance = config.trainer.probe_tolerance or _TOLERANCE[coarsest]
+    return Probe(tuple(token_ids), tuple(logprobs.tolist()), tolerance)
+
+
+def _whole_row(token_ids: Sequence[int]) -> MicroBatch:
+    """One row [1, T] whose every token but the first is scored."""
+    ids = torch.tensor([list(token_ids)])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 0] = False
+    blank = torch.zeros(ids.shape)
+    versions = torch.full_like(ids, -1)
+    first = torch.zeros(1, dtype=torch.int64)
+    return MicroBatch(
+        token_ids=ids, lengths=torch.tensor([ids.shape[1]]), loss_mask=mask, behavior_logprobs=blank,
+        policy_versions=versions, kv_versions=versions, advantages=blank, row_ids=first,
+    )  # fmt: skip
