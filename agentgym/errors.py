@@ -121,5 +121,13 @@ class TrainingError(AgentGymError, RuntimeError):
     """Training cannot go on (non-finite gradient, no valid group, ...)."""
 
 
+class MixedModelsError(TrainingError):
+    """Trajectories of another model than the one in training, or of several."""
+
+
+class BadLogprobsError(TrainingError):
+    """An engine gave more loss tokens without a finite logprob than may be dropped."""
+
+
 class CheckpointError(AgentGymError, OSError):
     """A checkpoint or another file of the run cannot be written or read."""

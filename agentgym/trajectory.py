@@ -118,6 +118,7 @@ class ScoredSequences:
     components: Mapping[str, float]
     sequences: tuple[TokenSequence, ...]
     num_sampled_tokens: int
+    model: str = ""  # which model sampled it (`agentgym.server.models.model_id`); "": its source does not say
 
 
 def to_sequences(trajectory: Trajectory) -> tuple[TokenSequence, ...]:
@@ -131,14 +132,14 @@ def to_sequences(trajectory: Trajectory) -> tuple[TokenSequence, ...]:
     return tuple(row.freeze() for row in rows)
 
 
-def to_scored_sequences(trajectory: Trajectory) -> ScoredSequences:
+def to_scored_sequences(trajectory: Trajectory, model: str = "") -> ScoredSequences:
     """The trainer's view of a trajectory that has not failed. Raises InputError for one that has."""
     if trajectory.score is None:
         raise InputError(f"trajectory {trajectory.trajectory_id} failed and has no score: {trajectory.error}")
     score = trajectory.score
     return ScoredSequences(
         trajectory.trajectory_id, trajectory.group_id, trajectory.env_id, trajectory.status, score.value, score.valid,
-        dict(score.components), to_sequences(trajectory), trajectory.num_sampled_tokens,
+        dict(score.components), to_sequences(trajectory), trajectory.num_sampled_tokens, model,
     )  # fmt: skip
 
 

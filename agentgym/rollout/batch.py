@@ -23,6 +23,7 @@ class CollectorSettings:
     max_retries: int = 2
     stall_warning_s: float = 30.0
     seed: int = 0
+    drop_zero_variance: bool = False
 
 
 class Outside(Protocol):

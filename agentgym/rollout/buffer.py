@@ -12,6 +12,9 @@ That holds if batches take the oldest groups first, which slow episodes break: y
 So `take` looks ahead: those that will be too old after k more versions must fit the k batches until then (at most k g
 of them). If the groups that are ready would leave more than that behind, it waits for the slow ones.
 Only groups whose episodes fail, or a trainer that skips versions, are then left to discard.
+
+With `drop_zero_variance` (DAPO's dynamic sampling, arXiv 2503.14476) a group whose valid members all scored the same is
+discarded when it is complete, which makes room for the start of another: batches are full of groups with a gradient.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class DiscardReason(StrEnum):
     STALE_AT_ADMISSION = "stale_at_admission"
     STALE_AT_CONSUMPTION = "stale_at_consumption"
     TOO_FEW_VALID = "too_few_valid"
+    ZERO_VARIANCE = "zero_variance"  # all valid members scored the same: no gradient in it (drop_zero_variance)
     INCOMPLETE = "incomplete"  # outside agents opened it and did not finish enough episodes
 
 
@@ -86,7 +90,9 @@ class GroupBuffer:
     (ReadyGroup(group_id='g-0', ...),)
     """
 
-    def __init__(self, group_size: int, groups_per_step: int, max_staleness: int) -> None:
+    def __init__(
+        self, group_size: int, groups_per_step: int, max_staleness: int, *, drop_zero_variance: bool = False
+    ) -> None:
         if group_size < MIN_VALID or groups_per_step < 1 or max_staleness < 0:
             raise InputError(
                 f"a group buffer needs group_size >= {MIN_VALID}, groups_per_step >= 1 and max_staleness >= 0, got "
@@ -94,6 +100,8 @@ class GroupBuffer:
             )
         self.group_size = group_size
         self.max_staleness = max_staleness
+        self.drop_zero_variance = drop_zero_variance
+        self.zero_variance_in_a_row = 0  # groups dropped for it since one was kept
         self.most_groups = (max_staleness + 1) * groups_per_step
         self._open: dict[str, _OpenGroup] = {}
         self._ready: dict[str, tuple[int, ReadyGroup]] = {}  # with the order of its start
@@ -153,6 +161,12 @@ class GroupBuffer:
             return Discard(
                 group_id, DiscardReason.STALE_AT_ADMISSION, f"oldest token of version {oldest}, now {version}"
             )
+        if self.drop_zero_variance:
+            scores = [member.score.value for member in members if member.score is not None and member.score.valid]
+            if min(scores) == max(scores):
+                self.zero_variance_in_a_row += 1
+                return Discard(group_id, DiscardReason.ZERO_VARIANCE, f"{valid} valid members scored {scores[0]:g}")
+            self.zero_variance_in_a_row = 0
         self._ready[group_id] = (group.order, ReadyGroup(group_id, oldest, members))
         return None
 

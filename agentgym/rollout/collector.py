@@ -75,7 +75,10 @@ class Collector:
         self._limits = limits
         self._schedule = schedule
         self._store = store
-        self._buffer = GroupBuffer(settings.group_size, settings.groups_per_step, settings.max_staleness)
+        self._buffer = GroupBuffer(
+            settings.group_size, settings.groups_per_step, settings.max_staleness,
+            drop_zero_variance=settings.drop_zero_variance,
+        )  # fmt: skip
         self.feed = LiveFeed(policy)
         self._shares = Shares(self._buffer.most_groups)
         self._outside: Outside | None = None
@@ -135,7 +138,11 @@ class Collector:
         doing = ", ".join(f"{count} {phase}" for phase, count in phases.most_common()) or "none running"
         idle = f"; none has finished for {quiet:.0f} s" if (quiet := time.monotonic() - self._last_end) > 5 else ""
         episodes = f"episodes: {doing}{idle if self._running else ''}{sessions if self._opened() else ''}"
-        return f"{ready} of {needed} groups ready; {episodes}{self._paused()}"
+        return f"{ready} of {needed} groups ready; {episodes}{self._alike()}{self._paused()}"
+
+    def _alike(self) -> str:
+        count = self._buffer.zero_variance_in_a_row
+        return f"; the last {count} groups had members of one score each and were dropped" if count else ""
 
     def _paused(self) -> str:
         sampling = "; sampling is paused" if self._policy.pause_under_way else ""
@@ -356,7 +363,17 @@ class Collector:
         self._changed.set()
 
     def _discard(self, discard: Discard) -> None:
-        log.warning("group %s discarded (%s): %s", discard.group_id, discard.reason.value, discard.detail)
+        asked_for = discard.reason is DiscardReason.ZERO_VARIANCE
+        level = logging.DEBUG if asked_for else logging.WARNING
+        log.log(level, "group %s discarded (%s): %s", discard.group_id, discard.reason.value, discard.detail)
+        if asked_for and self._buffer.zero_variance_in_a_row >= max(PATIENCE, 10 * self.settings.groups_per_step):
+            self._break(
+                EnvError(
+                    f"{self._buffer.zero_variance_in_a_row} groups in a row had members of one score (the last: "
+                    f"{discard.detail}): this policy learns nothing from these tasks; choose easier or harder ones, or "
+                    "set rollout.drop_zero_variance = false"
+                )
+            )
         self.discarded[discard.reason.value] += 1
         self._step.discarded[discard.reason.value] += 1
         self.feed.forget_group(discard.group_id)

@@ -41,7 +41,7 @@ def summarize(
     valid = _valid(members)
     sessions = _valid([member for group in outside for member in group.members])
     seconds = max(time.monotonic() - counts.began, 1e-9)
-    discarded = sum(counts.discarded.values())
+    discarded = sum(n for reason, n in counts.discarded.items() if reason != DiscardReason.ZERO_VARIANCE.value)
     lags = Counter(trainer_version - v for member in members for v in _versions(member))
     tokens = sum(lags.values())
     metrics: dict[str, float] = {

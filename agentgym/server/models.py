@@ -6,6 +6,8 @@ is the path of a folder.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -54,3 +56,19 @@ def resolve_model(
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {name} holds no config.json; save a model there with save_pretrained")
     return folder
+
+
+_OF_A_COPY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")  # not of the model
+
+
+def model_id(folder: Path) -> str:
+    """Tells models apart: a digest of what config.json says of one, whoever saved it and however it is computed.
+
+    Raises InputError for a folder without a readable config.json.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model folder {folder} holds no readable config.json: {error}") from error
+    said = {key: value for key, value in config.items() if key not in _OF_A_COPY}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

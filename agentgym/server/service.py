@@ -32,6 +32,7 @@ from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import succeeded
 from agentgym.sandbox.warm.pool import SandboxPool
 from agentgym.server.engines import start_engine
+from agentgym.server.models import model_id
 from agentgym.server.replies import vocabulary_size
 from agentgym.server.sessions import Sessions
 from agentgym.server.settings import OUTSIDE, ServiceConfig
@@ -66,10 +67,12 @@ class RolloutService:
         run_dir: Path,
         versions_dir: Path,
         vocab_size: int,
+        model_id: str,
     ) -> None:
         rollout = config.rollout
         self.config = config
         self.model_name = config.model.name
+        self._model_id = model_id
         self.vocab_size = vocab_size  # ids that the model can read
         self.renderer = renderer
         self.policy = VersionedPolicy(engine, publish_mode=config.engine.publish_mode)
@@ -95,6 +98,7 @@ class RolloutService:
             max_retries=rollout.max_retries,
             stall_warning_s=rollout.stall_warning_s,
             seed=rollout.seed,
+            drop_zero_variance=rollout.drop_zero_variance,
         )
         schedule = None  # outside agents play
         if environments is not None and rollout.source != "sessions":
@@ -139,7 +143,10 @@ class RolloutService:
                 environments = await asyncio.to_thread(_environment_pool, record, config, boxes)
             engine = await engine_factory(config, model_folder)
             vocab_size = vocabulary_size(model_folder, renderer)
-            return cls(config, record, environments, boxes, renderer, engine, run_dir, versions_dir, vocab_size)
+            return cls(
+                config, record, environments, boxes, renderer, engine, run_dir, versions_dir, vocab_size,
+                model_id(model_folder),
+            )  # fmt: skip
         except BaseException:
             if engine is not None:
                 await engine.close()
@@ -193,7 +200,7 @@ class RolloutService:
             return None
         batch_id = f"step-{step:06d}-{next(self._batches)}"
         self._unacknowledged.add(batch_id)
-        return _to_batch(batch_id, collected, self._boxes.metrics().named() if self._boxes else {})
+        return _to_batch(batch_id, collected, self._boxes.metrics().named() if self._boxes else {}, self._model_id)
 
     async def publish(self, version: int, path: str, probe: Probe | None = None) -> PublishReport:
         """Serves the weights in `path`, which must lie in the versions folder: a request is hostile until checked."""
@@ -367,14 +374,16 @@ async def _close_boxes(boxes: SandboxPool | None) -> None:
         await asyncio.to_thread(boxes.close)
 
 
-def _to_batch(batch_id: str, collected: CollectedBatch, box_metrics: Mapping[str, float]) -> Batch:
+def _to_batch(
+    batch_id: str, collected: CollectedBatch, box_metrics: Mapping[str, float], model_id: str
+) -> Batch:
     groups = tuple(
         Group(
             group.group_id,
             group.members[0].env_id,
             task.task_id,
             task.seed,
-            tuple(to_scored_sequences(member) for member in group.members),
+            tuple(to_scored_sequences(member, model_id) for member in group.members),
         )
         for group, task in zip(collected.groups, collected.tasks, strict=True)
     )
