@@ -374,9 +374,7 @@ async def _close_boxes(boxes: SandboxPool | None) -> None:
         await asyncio.to_thread(boxes.close)
 
 
-def _to_batch(
-    batch_id: str, collected: CollectedBatch, box_metrics: Mapping[str, float], model_id: str
-) -> Batch:
+def _to_batch(batch_id: str, collected: CollectedBatch, box_metrics: Mapping[str, float], model_id: str) -> Batch:
     groups = tuple(
         Group(
             group.group_id,

@@ -46,7 +46,7 @@ class RolloutSection(Section):
     max_episode_tokens: int = 2048  # prompt and completions of the whole episode
     max_episode_s: float = 600.0
     max_env_call_s: float = 120.0  # one reset or step of an environment that blocks
-    drop_zero_variance: bool = False  # True: groups whose members all scored the same are played for nothing, not trained
+    drop_zero_variance: bool = False  # True: groups without a gradient, all of one score, make room for others
     max_retries: int = 2  # times that a failed member of a group is run again
     stall_warning_s: float = 30.0  # without a finished episode for so long, the log says what each one waits for
     temperature: float = 1.0
