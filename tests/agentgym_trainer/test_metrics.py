@@ -48,6 +48,7 @@ def figures_by_hand(pairs: list[tuple[float, float]]) -> dict[str, float]:
         "ess_fraction": float(r.sum() ** 2 / (len(r) * (r**2).sum())),
         "chi2": float(np.mean(r**2) - 1),
         "max_abs_log_ratio": float(np.abs(log).max()),
+        "mean_abs_log_ratio": float(np.abs(log).mean()),
         "mean_exp_abs_log_ratio": float(np.exp(np.abs(log)).mean()),
         "perplexity_ratio": float(np.exp(np.mean(-log))),
     }

@@ -23,6 +23,7 @@ from agentgym_trainer.anchors.scoring import ScoringModel
 from agentgym_trainer.diagnosis import Diagnosis, Mismatch, diagnose
 from agentgym_trainer.logprobs import unwrap
 from agentgym_trainer.probes import Prober, choose_targets
+from agentgym_trainer.settings import TrainConfig
 
 FLOORS: Mapping[str, float] = {
     # of Mismatch.excess. fp32: a hundred times what a CPU's vLLM shows. bf16: where the field calls a run unhealthy.
@@ -33,21 +34,16 @@ _QUIET_STEPS = 10  # between two alarms in words, doubled by each
 _QUIET_MOST = 1280
 _RESETS_IN_A_ROW = 3
 _OLDER = 2  # versions before the present one that the engine may still have
-OnDiscrepancy = Literal["warn", "stop", "ignore"]
+EXACT_ANCHORS = frozenset({"auto", "snapshot", "old_logit_model", "interrupt"})
 log = logging.getLogger(__name__)
-
-
-def floor_for(*dtypes: str) -> float:
-    """The default floor where these dtypes meet: the loosest one's."""
-    return max(FLOORS[dtype] for dtype in dtypes)
 
 
 class DiscrepancyAlarm:
     """Example: `DiscrepancyAlarm(1e-4, "warn", loud=True).look(mismatch, ask)` before an optimizer step."""
 
-    def __init__(self, floor: float, action: OnDiscrepancy, *, loud: bool = True) -> None:
+    def __init__(self, floor: float, action: Literal["warn", "stop", "ignore"], *, loud: bool = True) -> None:
         """`loud`: this rank is the one that says it."""
-        self._floor = floor
+        self.floor = floor  # of Mismatch.excess
         self._action = action
         self._loud = loud
         self._seen = False  # a batch with something to look at
@@ -58,10 +54,17 @@ class DiscrepancyAlarm:
         self._resets = 0.0
         self._resets_in_a_row = 0
 
+    @classmethod
+    def of(cls, config: TrainConfig, *, loud: bool) -> DiscrepancyAlarm:
+        """As the configuration says; the default floor is that of the loosest dtype that computes."""
+        trainer = config.trainer
+        floor = trainer.discrepancy_floor or max(FLOORS[trainer.dtype], FLOORS[config.engine.dtype])
+        return cls(floor, trainer.on_discrepancy, loud=loud)
+
     def look(self, mismatch: Mismatch, ask: Callable[[], Diagnosis | None]) -> dict[str, float]:
         """Figures of a batch's mismatch. Above the floor it asks for the diagnosis, says it, and raises TrainingError
         where that is to stop the run: the optimizer step has not been made."""
-        above = mismatch.num_tokens > 0 and not mismatch.excess <= self._floor  # nan is above
+        above = mismatch.num_tokens > 0 and not mismatch.excess <= self.floor  # nan is above
         figures = {
             "engine_mismatch/num_tokens": float(mismatch.num_tokens),
             "engine_mismatch/above_floor": float(above),
@@ -96,7 +99,7 @@ class DiscrepancyAlarm:
         self._num_alarms += 1
         text = (
             f"engine and trainer disagree about the same weights: mean exp|dlogp| is 1 + {mismatch.excess:.2g} over "
-            f"{mismatch.num_tokens} tokens (trainer.discrepancy_floor {self._floor:g})"
+            f"{mismatch.num_tokens} tokens (trainer.discrepancy_floor {self.floor:g})"
         )
         figures: dict[str, float] = {}
         if diagnosis is not None:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from agentgym.errors import InputError, TrainingError
 from agentgym.trajectory import ScoredSequences
 from agentgym_trainer.advantages import trajectory_advantages
+from agentgym_trainer.alarm import EXACT_ANCHORS, DiscrepancyAlarm, examine
 from agentgym_trainer.anchors import Resolvable, VersionSource, make_anchor
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch, StepRows, build_micro_batches, collect_rows
@@ -97,6 +98,8 @@ class Learner:
             # The initial weights, on a resumed run too: its checkpoint is loaded later.
             self._reference = frozen_copy(self._model) if config.loss.reference_coefficient else None
         self._corrections = corrections_of(config.loss)
+        self._versions = versions
+        self._alarm = DiscrepancyAlarm.of(config, loud=accelerator.is_main_process)
         self._objective = objective_of(config.loss)
 
     @property
@@ -119,7 +122,8 @@ class Learner:
     def learn(self, trajectories: Sequence[ScoredSequences], trainer_version: int) -> dict[str, float]:
         """One batch: `updates_per_batch` optimizer steps. Returns metrics over all ranks; every rank calls it.
 
-        Raises TrainingError for a gradient that is not finite; then the weights are as before.
+        Raises TrainingError for a gradient that is not finite, and where `trainer.on_discrepancy` stops a run; then the
+        weights are as before.
         """
         began = time.perf_counter()
         trainer = self._config.trainer
@@ -134,9 +138,12 @@ class Learner:
             proximal = self.anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
         scored_s = time.perf_counter() - began
         norms = []
+        mismatch: dict[str, float] = {}
         for rows, part in zip(updates, batches):
             with self._as_published():
-                metrics.merge(self.accumulate(rows, part, proximal[: len(part)], trainer_version))
+                step = self.accumulate(rows, part, proximal[: len(part)], trainer_version)
+                mismatch = mismatch or self._look_for_mismatch(step, rows, trainer_version)
+            metrics.merge(step)
             proximal = proximal[len(part) :]
             norms.append(self._step())
         metrics = self.over_ranks(metrics)
@@ -145,11 +152,14 @@ class Learner:
             self.anchor.published(trainer_version + 1, active_fraction=active_fraction, mean_lag=mean_lag)
         whole = updates[0] if len(updates) == 1 else self.rows_of(trajectories)
         figures = metrics.finalise()
+        anchor_figures = self._anchor_metrics()
+        self._alarm.look_at_resets(anchor_figures.get("anchor/ewma_resets", 0.0))
         return {
             **figures,
             "loss": figures["policy/loss"],
             **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
-            **self._anchor_metrics(),
+            **anchor_figures,
+            **mismatch,
             "gradient_norm": sum(norms) / len(norms),
             "learning_rate": float(self._schedule.get_last_lr()[0]),
             "time/anchor_s": scored_s,
@@ -235,6 +245,17 @@ class Learner:
         self._schedule.step()
         self._optimizer.zero_grad()
         return norm
+
+    def _look_for_mismatch(self, step: StepMetrics, rows: StepRows, trainer_version: int) -> dict[str, float]:
+        """Before the first optimizer step on a batch: the weights are still what engines were given."""
+        exact = self.anchor.name in EXACT_ANCHORS and not self._anchor_metrics().get("anchor/num_fallbacks")
+        return self._alarm.look(
+            self.over_ranks(step).engine_mismatch(exact),
+            lambda: examine(
+                self._model, [row.sequence for row in rows.rows], trainer_version, self._config.rollout.temperature,
+                self._versions, self._alarm.floor,
+            ),
+        )  # fmt: skip
 
     def over_ranks(self, metrics: StepMetrics) -> StepMetrics:
         accelerator = self._accelerator

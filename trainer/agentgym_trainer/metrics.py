@@ -20,12 +20,14 @@ from agentgym.errors import TrainingError
 from agentgym.trajectory import ScoredSequences, TokenSequence
 from agentgym_trainer.batch import MicroBatch, StepRows
 from agentgym_trainer.correction import LOG_RATIO_LIMIT
+from agentgym_trainer.diagnosis import Mismatch
 from agentgym_trainer.loss import TokenTerms
 
 RATIOS = ("discrepancy", "staleness", "total")  # r_d, r_s, R
 _LAG_BOUNDS = (0, 1, 2, 4, 8)  # the last lag of each bucket but the open one
 LAG_BUCKETS = ("lag0", "lag1", "lag2", "lag3_4", "lag5_8", "lag9_up")
-_RATIO_SUMS = ("tokens", "log", "log2", "r", "r2", "exp_abs", "rows", "row_w", "row_w2")
+_RATIO_SUMS = ("tokens", "log", "log2", "r", "r2", "abs", "exp_abs", "rows", "row_w", "row_w2")
+_TOKEN_COLUMNS = _RATIO_SUMS.index("rows")  # those before it are sums over tokens
 _TOKEN_SUMS = (
     "counted", "dropped", "mask_pass", "clip_pass", "active", "clip_high", "clip_low", "stale_kv", "lag", "objective",
     "entropy", "vetoed", "limited", "reference_k3",
@@ -122,14 +124,16 @@ class StepMetrics:
         rows = counted.any(-1)
         row_log = raw.sum(-1).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)[rows]
         row_features = torch.zeros(len(row_log), len(_RATIO_SUMS), dtype=torch.float64, device=raw.device)
-        row_features[:, 6:] = torch.stack([torch.ones_like(row_log), row_log.exp(), (2 * row_log).exp()], dim=-1)
+        row_features[:, _TOKEN_COLUMNS:] = torch.stack(
+            [torch.ones_like(row_log), row_log.exp(), (2 * row_log).exp()], dim=-1
+        )
         self._ratio[index].index_add_(0, torch.bucketize(oldest[rows], bounds).cpu(), row_features.cpu())
 
         log = raw[counted].clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         where = buckets[counted].cpu()
         features = torch.zeros(len(log), len(_RATIO_SUMS), dtype=torch.float64, device=raw.device)
-        token_sums = [torch.ones_like(log), log, log**2, log.exp(), (2 * log).exp(), log.abs().exp()]
-        features[:, :6] = torch.stack(token_sums, dim=-1)
+        token_sums = [torch.ones_like(log), log, log**2, log.exp(), (2 * log).exp(), log.abs(), log.abs().exp()]
+        features[:, :_TOKEN_COLUMNS] = torch.stack(token_sums, dim=-1)
         self._ratio[index].index_add_(0, where, features.cpu())
         self._max[index].scatter_reduce_(0, where, raw[counted].abs().cpu(), "amax")
 
@@ -144,6 +148,19 @@ class StepMetrics:
         """Mean lag of the counted tokens in policy versions; 0.0 of none."""
         counted = self._token_total("counted")
         return self._token_total("lag") / counted if counted else 0.0
+
+    def engine_mismatch(self, exact: bool) -> Mismatch:
+        """Of engine and trainer about the same weights, before the optimizer step: tokens of no lag, whatever the
+        anchor; where there are none and the anchor is `exact`, all tokens by their old logprobs."""
+        total, discrepancy = RATIOS.index("total"), RATIOS.index("discrepancy")
+        sums, largest = self._ratio[total, 0], self._max[total, 0]
+        if not sums[0] and exact:
+            sums, largest = self._ratio[discrepancy].sum(0), self._max[discrepancy].max()
+        s = dict(zip(_RATIO_SUMS, sums.tolist()))
+        n = s["tokens"]
+        if not n:
+            return Mismatch(0, 0.0, 0.0, 0.0)
+        return Mismatch(int(n), s["abs"] / n, float(largest), s["exp_abs"] / n - 1.0)
 
     def _token_total(self, name: str) -> float:
         return float(self._token[:, _TOKEN_SUMS.index(name)].sum())
@@ -176,6 +193,7 @@ def _ratio_figures(prefix: str, sums: Tensor, maximum: float) -> dict[str, float
             "ess_fraction": s["r"] ** 2 / (n * s["r2"]),
             "chi2": s["r2"] / n - 1.0,
             "max_abs_log_ratio": maximum,
+            "mean_abs_log_ratio": s["abs"] / n,
             "mean_exp_abs_log_ratio": s["exp_abs"] / n,
             "perplexity_ratio": math.exp(k1),
         }

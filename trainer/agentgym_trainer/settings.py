@@ -82,6 +82,8 @@ class TrainerSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     publish_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 where the engine serves it: small deltas
     lora: LoraSection | None = None  # None: all weights are trained
+    on_discrepancy: Literal["warn", "stop", "ignore"] = "warn"  # engine and trainer disagree about the same weights
+    discrepancy_floor: float | None = Field(default=None, gt=0.0)  # of mean exp|dlogp| - 1; None: 1e-4, in bf16 0.05
     # Tokens with which vLLM servers are compared after a publication; 0: none, where a forward of so many is too dear.
     probe_tokens: int = Field(default=64, ge=0)
     probe_tolerance: float | None = Field(default=None, gt=0.0)  # of a logprob; None: 1e-3, and 0.5 in bfloat16
