@@ -75,11 +75,46 @@ def compute_advantages(
     return Advantages(values, included, tuple(refused), zero_variance)
 
 
-def trajectory_advantages(kind: AdvantageKind, trajectories: Sequence[ScoredSequences]) -> Advantages:
-    """The same from trajectories as the trainer takes them; failed and invalid ones are not included."""
+@dataclass(frozen=True, slots=True)
+class Overlong:
+    """DAPO's soft overlong punishment (arXiv 2503.14476): what is added to a score, 0 up to `buffer` tokens below the
+    `limit` of an episode, falling in a straight line to -penalty at the limit.
+
+    Example: `Overlong(limit=1000, buffer=200)` adds 0 at 800 tokens, -0.5 at 900, -1 at 1000.
+    """
+
+    limit: int
+    buffer: int
+    penalty: float = 1.0
+
+    def of(self, length: int) -> float:
+        return -self.penalty * min(max(length - (self.limit - self.buffer), 0) / self.buffer, 1.0)
+
+    def figures(self, trajectories: Sequence[ScoredSequences]) -> dict[str, float]:
+        """How many trajectories are punished, and by how much on average."""
+        added = [self.of(episode_tokens(trajectory)) for trajectory in trajectories]
+        return {
+            "trajectory/overlong_fraction": sum(value < 0 for value in added) / max(len(added), 1),
+            "trajectory/overlong_mean": sum(added) / max(len(added), 1),
+        }
+
+
+def episode_tokens(trajectory: ScoredSequences) -> int:
+    """The tokens of its longest row, prompt and completions together: what the limit of an episode counts."""
+    return max((len(sequence) for sequence in trajectory.sequences), default=0)
+
+
+def trajectory_advantages(
+    kind: AdvantageKind, trajectories: Sequence[ScoredSequences], overlong: Overlong | None = None
+) -> Advantages:
+    """The same from trajectories as the trainer takes them, their scores shaped by `overlong`; failed and invalid ones
+    are not included."""
     return compute_advantages(
         kind,
-        [trajectory.score for trajectory in trajectories],
+        [
+            trajectory.score + (overlong.of(episode_tokens(trajectory)) if overlong else 0.0)
+            for trajectory in trajectories
+        ],
         [trajectory.group_id for trajectory in trajectories],
         [trajectory.valid and trajectory.status is not EpisodeStatus.FAILED for trajectory in trajectories],
     )

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from agentgym.errors import InputError, TrainingError
 from agentgym.trajectory import ScoredSequences
-from agentgym_trainer.advantages import trajectory_advantages
+from agentgym_trainer.admission import admit, check_logprobs
+from agentgym_trainer.advantages import Advantages, Overlong, trajectory_advantages
 from agentgym_trainer.alarm import EXACT_ANCHORS, DiscrepancyAlarm, examine
 from agentgym_trainer.anchors import Resolvable, VersionSource, make_anchor
 from agentgym_trainer.anchors.scoring import frozen_copy
@@ -73,9 +74,12 @@ class Learner:
     """Model, optimizer, schedule and anchor of this rank."""
 
     def __init__(
-        self, accelerator: Accelerator, model: PreTrainedModel, config: TrainConfig, versions: VersionSource
-    ) -> None:
+        self, accelerator: Accelerator, model: PreTrainedModel, config: TrainConfig, versions: VersionSource,
+        model_id: str = "",
+    ) -> None:  # fmt: skip
+        """`model_id` (`agentgym.server.models`) refuses trajectories of other models; "" takes any one model's."""
         self._accelerator = accelerator
+        self._model_id = model_id
         self._config = config
         trainer = config.trainer
         optimizer = torch.optim.AdamW(
@@ -97,6 +101,9 @@ class Learner:
             )  # fmt: skip
             # The initial weights, on a resumed run too: its checkpoint is loaded later.
             self._reference = frozen_copy(self._model) if config.loss.reference_coefficient else None
+        limit = config.rollout.max_episode_tokens
+        shaping = Overlong(limit, trainer.overlong_tokens, trainer.overlong_penalty) if trainer.overlong_tokens else None
+        self._overlong = shaping
         self._corrections = corrections_of(config.loss)
         self._versions = versions
         self._alarm = DiscrepancyAlarm.of(config, loud=accelerator.is_main_process)
@@ -128,10 +135,18 @@ class Learner:
         began = time.perf_counter()
         trainer = self._config.trainer
         metrics = StepMetrics()
-        updates = [self.rows_of(part) for part in _split(trajectories, trainer.updates_per_batch)]
+        admission = admit(
+            trajectories, trainer_version=trainer_version, max_staleness=self._config.rollout.max_staleness,
+            model=self._model_id,
+        )  # fmt: skip
+        updates = [self.rows_of(part) for part in _split(admission.trajectories, trainer.updates_per_batch)]
+        check_logprobs(updates, self._config.loss.max_dropped_fraction)
         updates = [rows for rows in updates if rows.num_loss_tokens]
         if not updates:
-            raise TrainingError(f"none of the batch's {len(trajectories)} trajectories has a token to learn from")
+            raise TrainingError(
+                f"none of the batch's {len(trajectories)} trajectories has a token to learn from; "
+                f"{admission.num_stale} were older than rollout.max_staleness allows"
+            )
         batches = [self.micro_batches_of(rows) for rows in updates]
         flat = [batch for part in batches for batch in part]
         with self._as_published():
@@ -150,6 +165,7 @@ class Learner:
         active_fraction, mean_lag = metrics.active_fraction, metrics.mean_lag
         with self._as_published():
             self.anchor.published(trainer_version + 1, active_fraction=active_fraction, mean_lag=mean_lag)
+        trajectories = admission.trajectories
         whole = updates[0] if len(updates) == 1 else self.rows_of(trajectories)
         figures = metrics.finalise()
         anchor_figures = self._anchor_metrics()
@@ -158,6 +174,9 @@ class Learner:
             **figures,
             "loss": figures["policy/loss"],
             **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
+            **admission.figures(),
+            **(self._overlong.figures(trajectories) if self._overlong else {}),
+            "trajectory/num_zero_variance_groups": float(self._advantages(trajectories).num_zero_variance_groups),
             **anchor_figures,
             **mismatch,
             "gradient_norm": sum(norms) / len(norms),
@@ -168,8 +187,10 @@ class Learner:
 
     def rows_of(self, trajectories: Sequence[ScoredSequences]) -> StepRows:
         limit = self._config.trainer.max_sequence_tokens or self._config.max_context
-        advantages = trajectory_advantages(self._config.trainer.advantages, trajectories)
-        return collect_rows(trajectories, advantages, max_seq_len=limit)
+        return collect_rows(trajectories, self._advantages(trajectories), max_seq_len=limit)
+
+    def _advantages(self, trajectories: Sequence[ScoredSequences]) -> Advantages:
+        return trajectory_advantages(self._config.trainer.advantages, trajectories, self._overlong)
 
     def micro_batches_of(self, rows: StepRows) -> list[MicroBatch]:
         accelerator = self._accelerator

@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from agentgym.errors import InputError
-from agentgym.server.models import resolve_model
+from agentgym.server.models import model_id, resolve_model
 from agentgym.versions import VersionReader
 from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from agentgym_trainer.exchange import BatchExchange
@@ -59,7 +59,8 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
                 raise
         paths = exchange.share("paths", leader.paths if leader else None)
         model = load_model(model_folder, config)
-        learner = Learner(accelerator, model, config, VersionReader(paths.versions, published_metadata(model)))
+        versions = VersionReader(paths.versions, published_metadata(model))
+        learner = Learner(accelerator, model, config, versions, model_id(model_folder))
         progress, anchor_state = Progress(0, 0, {}, 0.0), None
         if resume is not None and (checkpoints := list_checkpoints(paths.checkpoints)):
             progress, anchor_state = load_checkpoint(accelerator, checkpoints[-1])

@@ -72,6 +72,8 @@ class TrainerSection(Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     advantages: AdvantageName = "group_mean"
+    overlong_tokens: int = Field(default=0, ge=0)  # DAPO's soft punishment at an episode's last so many; 0: none
+    overlong_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)  # what it takes off the score at the limit
     anchor: AnchorName = "auto"
     # of anchor linear or loglinear: the behavior policy's share of a token, whatever its lag; None: 1/max(lag, 1)
     interpolation_weight: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -167,6 +169,25 @@ class TrainConfig(ServiceConfig):
             raise ValueError(
                 "evaluation.episodes must be 0 without env.id: there is no environment to evaluate in, got "
                 f"{self.evaluation.episodes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_mean_something(self) -> TrainConfig:
+        trainer, limit = self.trainer, self.rollout.max_episode_tokens
+        if trainer.overlong_tokens >= limit:
+            raise ValueError(
+                f"trainer.overlong_tokens must be < rollout.max_episode_tokens ({limit}), got {trainer.overlong_tokens}"
+            )
+        if trainer.overlong_penalty != 1.0 and trainer.overlong_tokens == 0:
+            raise ValueError(
+                f"trainer.overlong_penalty = {trainer.overlong_penalty:g} does nothing without "
+                "trainer.overlong_tokens: drop it, or say over how many tokens it grows"
+            )
+        if self.rollout.drop_zero_variance and trainer.advantages == "batch_mean":
+            raise ValueError(
+                "rollout.drop_zero_variance drops groups that have no gradient under a baseline of their own, and with "
+                "trainer.advantages = 'batch_mean' they have one; choose 'group_mean', or keep them"
             )
         return self
 
