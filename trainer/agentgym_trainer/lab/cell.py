@@ -72,6 +72,8 @@ def cell_config(base: TrainConfig, cell: Cell) -> TrainConfig:
     values["model"]["seed"] = values["rollout"]["seed"] = cell.seed
     values["rollout"]["max_staleness"] = cell.lag
     values["trainer"] |= {"anchor": cell.anchor, "updates_per_batch": cell.updates}
+    values["trainer"]["on_discrepancy"] = "ignore"  # the mismatch is the lab's own
+    values["trainer"]["on_discrepancy"] = "ignore"  # what is injected on purpose needs no alarm
     values["loss"]["correction"] = cell.correction
     return TrainConfig.model_validate(values)
 
@@ -84,7 +86,7 @@ def run_cell(config: TrainConfig, cell: Cell, conditions: Conditions) -> dict[st
     with tempfile.TemporaryDirectory(prefix="agentgym-lab-") as scratch:
         log = VersionLog(Path(scratch))
         learner = Learner(make_accelerator(config), load_model(model_folder, config), config, log)
-        log.append(learner.published())
+        publish(learner, log)
         distortion = Distortion.parse(conditions.mismatch)
         lockstep = open_lockstep(config, model_folder, log, distortion)
         try:
@@ -115,6 +117,12 @@ def open_lockstep(config: TrainConfig, model_folder: Path, log: VersionLog, dist
         seed=rollout.seed, temperature=rollout.temperature, env_kwargs=config.env.kwargs,
         tool_format=config.render.tool_format,
     )  # fmt: skip
+
+
+def publish(learner: Learner, log: VersionLog) -> None:
+    """The learner's present weights become the log's next version."""
+    publication = learner.published()
+    log.append(publication.weights, publication.metadata)
 
 
 def rising(oldest: int, newest: int, max_turns: int) -> VersionOf:
@@ -148,7 +156,7 @@ def _step(
     )
     sampled_s = time.perf_counter() - began
     figures = learner.learn(batch, trainer_version=number)
-    log.append(learner.published())
+    publish(learner, log)
     kept: Mapping[str, float] = {name: figures[name] for name in KEPT if name in figures}
     return {"reward": mean_reward(batch), "failed": failed, "time/sample_s": sampled_s, **kept}
 
@@ -163,5 +171,5 @@ def _held_out(config: TrainConfig, lockstep: Lockstep, version: int) -> tuple[fl
 
 
 def use_one_core() -> None:
-    """For a worker process: tiny matrices are slower in several threads, and other workers want the other cores."""
+    """Tiny matrices are slower in several threads, and other workers want the other cores."""
     torch.set_num_threads(1)
