@@ -72,7 +72,6 @@ def cell_config(base: TrainConfig, cell: Cell) -> TrainConfig:
     values["model"]["seed"] = values["rollout"]["seed"] = cell.seed
     values["rollout"]["max_staleness"] = cell.lag
     values["trainer"] |= {"anchor": cell.anchor, "updates_per_batch": cell.updates}
-    values["trainer"]["on_discrepancy"] = "ignore"  # the mismatch is the lab's own
     values["trainer"]["on_discrepancy"] = "ignore"  # what is injected on purpose needs no alarm
     values["loss"]["correction"] = cell.correction
     return TrainConfig.model_validate(values)
