@@ -77,6 +77,7 @@ class Leader:
         self._watch = watch
         self._started = time.monotonic()
         self._served = -1  # the version that the engine serves
+        self.ended_pause: int | None = None  # the pause of sampling that the last publication ended
         self._unacknowledged: list[str] = []
         self._wait_s = 0.0
         self._step_began = self._started
@@ -104,6 +105,11 @@ class Leader:
                 console.print(f"outside agents play: they open sessions at {client.url}/v1/sessions")
             watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
             yield cls(config, folder, client, versions, console, watch)
+
+    @property
+    def sampling(self) -> ServiceClient:
+        """Whose sampling an interruption pauses."""
+        return self._client
 
     def begin(self, weights: Publication, progress: Progress, started: float) -> None:
         """Brings the engine to `weights`, measures them, and starts collecting."""
@@ -196,6 +202,7 @@ class Leader:
     def _serve(self, version: int, probe: Probe | None = None) -> PublishReport:
         report = self._client.publish(version, self._versions.path(version), probe)
         self._served = version
+        self.ended_pause = report.ended_pause
         _hold_known(self._versions, "service", report.live_versions)
         return report
 

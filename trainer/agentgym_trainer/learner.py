@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,6 +98,7 @@ class Learner:
             self.anchor = make_anchor(
                 trainer.anchor, self._model, versions, temperature=config.rollout.temperature,
                 max_staleness=config.rollout.max_staleness, interpolation_weight=trainer.interpolation_weight,
+                fallback=trainer.anchor_fallback,
             )  # fmt: skip
             # The initial weights, on a resumed run too: its checkpoint is loaded later.
             self._reference = frozen_copy(self._model) if config.loss.reference_coefficient else None
@@ -126,8 +127,12 @@ class Learner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.anchor.load_state_dict(state)
 
-    def learn(self, trajectories: Sequence[ScoredSequences], trainer_version: int) -> dict[str, float]:
+    def learn(
+        self, trajectories: Sequence[ScoredSequences], trainer_version: int,
+        before_update: Callable[[int], None] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """One batch: `updates_per_batch` optimizer steps. Returns metrics over all ranks; every rank calls it.
+        `before_update` is called with `trainer_version` just before an optimizer step, the weights as published.
 
         Raises TrainingError for a gradient that is not finite, and where `trainer.on_discrepancy` stops a run; then the
         weights are as before.
@@ -160,6 +165,9 @@ class Learner:
                 mismatch = mismatch or self._look_for_mismatch(step, rows, trainer_version)
             metrics.merge(step)
             proximal = proximal[len(part) :]
+            if before_update is not None:
+                with self._as_published():
+                    before_update(trainer_version)
             norms.append(self._step())
         metrics = self.over_ranks(metrics)
         active_fraction, mean_lag = metrics.active_fraction, metrics.mean_lag

@@ -17,6 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from agentgym.errors import InputError
 from agentgym.server.models import model_id, resolve_model
 from agentgym.versions import VersionReader
+from agentgym_trainer.anchors.interrupt import Interruption, Sampling
+from agentgym_trainer.anchors.recorded import RecordedAnchor
 from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from agentgym_trainer.exchange import BatchExchange
 from agentgym_trainer.leader import Leader
@@ -27,6 +29,8 @@ from agentgym_trainer.publish import published_metadata, save_model
 from agentgym_trainer.published_probe import published_probe
 from agentgym_trainer.run_folder import RunFolder
 from agentgym_trainer.settings import TrainConfig
+
+INTERRUPT_S = 120.0  # an interruption's longest pause where the configuration names none
 
 
 def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
@@ -61,6 +65,7 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
         model = load_model(model_folder, config)
         versions = VersionReader(paths.versions, published_metadata(model))
         learner = Learner(accelerator, model, config, versions, model_id(model_folder))
+        interruption = interruption_of(learner, config, exchange, leader.sampling if leader else None)
         progress, anchor_state = Progress(0, 0, {}, 0.0), None
         if resume is not None and (checkpoints := list_checkpoints(paths.checkpoints)):
             progress, anchor_state = load_checkpoint(accelerator, checkpoints[-1])
@@ -71,10 +76,14 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
             leader.begin(learner.published(), progress, started - progress.seconds)
         for number in range(progress.step, config.trainer.steps):
             step = exchange.share(f"step/{number}", leader.next_step(number + 1) if leader else None)
-            metrics = learner.learn(step.trajectories, step.trainer_version)
+            interrupt = interruption.before_update if interruption else None
+            metrics = learner.learn(step.trajectories, step.trainer_version, interrupt)
             if leader:
+                metrics |= interruption.metrics() if interruption else {}
                 probe = published_probe(learner.module, step.trajectories, config)
                 figures = leader.publish(number + 1, step, learner.published(), metrics, probe)
+                if interruption:
+                    interruption.published(leader.ended_pause)
                 accelerator.log(dict(figures), step=number + 1)
             if _is_due(number + 1, config):
                 seconds = time.monotonic() - started + progress.seconds
@@ -87,6 +96,19 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
             save_model(learner.module, model_folder, folder.model_path)
             leader.finish()
     accelerator.end_training()
+
+
+def interruption_of(
+    learner: Learner, config: TrainConfig, exchange: BatchExchange, sampling: Sampling | None
+) -> Interruption | None:
+    """What records old logprobs before each update for the anchor `interrupt`."""
+    if config.trainer.anchor != "interrupt":
+        return None
+    assert isinstance(learner.anchor, RecordedAnchor)
+    return Interruption(
+        learner.module, learner.anchor.records, exchange, sampling, temperature=config.rollout.temperature,
+        max_tokens=config.trainer.micro_batch_tokens, limit_s=config.trainer.interrupt_limit_s or INTERRUPT_S,
+    )  # fmt: skip
 
 
 def _is_due(steps_done: int, config: TrainConfig) -> bool:

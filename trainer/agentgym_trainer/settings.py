@@ -14,7 +14,8 @@ from agentgym.config import Section
 from agentgym.server.settings import OUTSIDE, ServiceConfig
 from agentgym_trainer.loss_settings import ON_TOTAL_RATIO, LossSection
 
-AnchorName = Literal["auto", "snapshot", "ewma", "linear", "loglinear", "resident", "behavior"]
+FallbackName = Literal["ewma", "linear", "loglinear", "resident", "behavior"]
+AnchorName = Literal["auto", "snapshot", "interrupt"] | FallbackName
 AdvantageName = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
 
 
@@ -75,6 +76,10 @@ class TrainerSection(Section):
     overlong_tokens: int = Field(default=0, ge=0)  # DAPO's soft punishment at an episode's last so many; 0: none
     overlong_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)  # what it takes off the score at the limit
     anchor: AnchorName = "auto"
+    # Whose logprobs stand in, counted, for tokens without exact ones; None: such a token ends the run, but for `auto`,
+    # where it is ewma. Of `auto` and `interrupt`.
+    anchor_fallback: FallbackName | None = None
+    interrupt_limit_s: float | None = Field(default=None, gt=0.0, le=3600.0)  # a pause's longest time; None: 120
     # of anchor linear or loglinear: the behavior policy's share of a token, whatever its lag; None: 1/max(lag, 1)
     interpolation_weight: float | None = Field(default=None, gt=0.0, lt=1.0)
     updates_per_batch: int = Field(default=1, ge=1)  # optimizer steps per publication
@@ -188,6 +193,31 @@ class TrainConfig(ServiceConfig):
             raise ValueError(
                 "rollout.drop_zero_variance drops groups that have no gradient under a baseline of their own, and with "
                 "trainer.advantages = 'batch_mean' they have one; choose 'group_mean', or keep them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_exact_anchors(self) -> TrainConfig:
+        trainer = self.trainer
+        readers = {
+            "anchor_fallback": ("auto", "interrupt"),
+            "interrupt_limit_s": ("interrupt",),
+        }
+        for name, anchors in readers.items():
+            if getattr(trainer, name) is not None and trainer.anchor not in anchors:
+                raise ValueError(
+                    f"trainer.{name} does nothing with trainer.anchor = {trainer.anchor!r}: drop it, or choose "
+                    f"{' or '.join(map(repr, anchors))}"
+                )
+        if trainer.anchor == "interrupt" and trainer.updates_per_batch != 1:
+            raise ValueError(
+                f"trainer.anchor 'interrupt' scores with the weights that sampled, just before they change: it needs "
+                f"one optimizer step per publication, trainer.updates_per_batch = 1, got {trainer.updates_per_batch}"
+            )
+        if trainer.anchor == "interrupt" and self.engine.publish_mode != "abort":
+            raise ValueError(
+                "trainer.anchor 'interrupt' interrupts running requests before each publication, so that nothing is "
+                f"left to wait for or to keep: engine.publish_mode must be 'abort', got {self.engine.publish_mode!r}"
             )
         return self
 
