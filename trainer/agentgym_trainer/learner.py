@@ -102,9 +102,8 @@ class Learner:
             )  # fmt: skip
             # The initial weights, on a resumed run too: its checkpoint is loaded later.
             self._reference = frozen_copy(self._model) if config.loss.reference_coefficient else None
-        limit = config.rollout.max_episode_tokens
-        shaping = Overlong(limit, trainer.overlong_tokens, trainer.overlong_penalty) if trainer.overlong_tokens else None
-        self._overlong = shaping
+        limit, over = config.rollout.max_episode_tokens, trainer.overlong_tokens
+        self._overlong = Overlong(limit, over, trainer.overlong_penalty) if over else None
         self._corrections = corrections_of(config.loss)
         self._versions = versions
         self._alarm = DiscrepancyAlarm.of(config, loud=accelerator.is_main_process)

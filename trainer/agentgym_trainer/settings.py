@@ -74,7 +74,7 @@ class TrainerSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     advantages: AdvantageName = "group_mean"
     overlong_tokens: int = Field(default=0, ge=0)  # DAPO's soft punishment at an episode's last so many; 0: none
-    overlong_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)  # what it takes off the score at the limit
+    overlong_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)  # off the score, at the limit
     anchor: AnchorName = "auto"
     # Whose logprobs stand in, counted, for tokens without exact ones; None: such a token ends the run, but for `auto`,
     # where it is ewma. Of `auto` and `interrupt`.
