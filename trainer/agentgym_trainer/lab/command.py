@@ -38,6 +38,11 @@ def staleness(
     ] = "bf16",
     partial: Annotated[bool, typer.Option(help="Rows hold several versions, from the lag's to the newest.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each on one core.")] = 1,
+    windows: Annotated[str, typer.Option(help="Lag windows of law F.")] = "0,4,8,16",
+    floor: Annotated[
+        Path, typer.Option(help="The stored line of `python -m benchmarks logprob_conformance`, shown beside law F.")
+    ] = Path("benchmarks/results/logprob_conformance.json"),
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing: report what is there.")] = False,
     out: Annotated[Path, typer.Option(help="The lab's folder; a lab that was stopped goes on in it.")] = (
         Path("runs/staleness")
     ),
@@ -47,16 +52,18 @@ def staleness(
 
     from agentgym_trainer.lab.cell import Conditions
     from agentgym_trainer.lab.grid import Grid
-    from agentgym_trainer.lab.staleness import ALL_LAGS, LabOptions, check_options, lab_config, run_grid
+    from agentgym_trainer.lab.staleness import ALL_LAGS, LabOptions, lab_config, run_lab
 
     config = lab_config(settings or [])
     grid = Grid(
         ALL_LAGS if lags == "full" else _numbers("lags", lags), _names(anchors), _names(corrections),
         _numbers("updates", updates), _numbers("seeds", seeds),
     )  # fmt: skip
-    options = LabOptions(grid, Conditions(mismatch, partial), out, jobs, shlex.join(["agentgym", *sys.argv[1:]]))
-    check_options(config, options)
-    run_grid(config, options, Console(stderr=True))
+    options = LabOptions(
+        grid, Conditions(mismatch, partial), out, jobs, shlex.join(["agentgym", *sys.argv[1:]]), floor,
+        _numbers("windows", windows), report_only,
+    )  # fmt: skip
+    print(run_lab(config, options, Console(stderr=True)))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -66,7 +66,9 @@ class Distortion:
         def add_noise(_module: torch.nn.Module, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
             return logits + self.scale * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
 
-        handle = engine_model.get_output_embeddings().register_forward_hook(add_noise)
+        output_layer = engine_model.get_output_embeddings()
+        assert output_layer is not None, "a causal language model has an output layer"
+        handle = output_layer.register_forward_hook(add_noise)
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from transformers.utils.logging import disable_progress_bar
 
 from agentgym.errors import AgentGymError, CheckpointError, ConfigError, InputError
 from agentgym_trainer.lab.cell import Cell, Conditions, cell_config, run_cell, use_one_core
@@ -95,6 +96,10 @@ class LabFolder:
             return None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the result of {cell.name} in {self.path} cannot be read: {error}") from error
+
+    def kept(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """The results that are there, in the order of the cells."""
+        return [result for cell in cells if (result := self.result(cell)) is not None]
 
     def keep(self, cell: Cell, result: Mapping[str, Any]) -> None:
         write_whole(self.path / "cells" / f"{cell.name}.json", json.dumps(result) + "\n")
@@ -182,6 +187,7 @@ def _work(config: TrainConfig, cell: Cell, conditions: Conditions) -> tuple[dict
 
 def _begin_worker() -> None:
     use_one_core()
+    disable_progress_bar()
     parent = os.getppid()
 
     def follow() -> None:  # a lab that was killed leaves nobody computing
@@ -201,11 +207,11 @@ def _checked(base: TrainConfig, cell: Cell) -> TrainConfig:
 
 
 def _without_cell_keys(base: TrainConfig) -> dict[str, Any]:
-    values = base.model_dump(mode="json")
+    values = base.model_dump(mode="json", exclude_defaults=True)
     for section, keys in _CELL_KEYS.items():
         for key in keys:
-            values[section].pop(key, None)
-    return values
+            values.get(section, {}).pop(key, None)
+    return {section: part for section, part in values.items() if part}
 
 
 def _difference(known: Path, text: str) -> str:

@@ -5,19 +5,24 @@ Law: every figure of the report is in its JSON, and the folder holds what each o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
 from agentgym.config import load_config
 from agentgym.errors import ConfigError, TrainingError
-from agentgym_trainer.lab.cell import Conditions
+from agentgym_trainer.anchors import RECORDED
+from agentgym_trainer.lab.cell import Cell, Conditions, use_one_core
 from agentgym_trainer.lab.distortion import Distortion
-from agentgym_trainer.lab.grid import Finished, Forecast, Grid, LabFolder, run_cells
+from agentgym_trainer.lab.grid import Finished, Forecast, Grid, LabFolder, run_cells, write_whole
+from agentgym_trainer.lab.report import make_report, read_floor, write_report
+from agentgym_trainer.lab.stream import WINDOWS, StreamPlan, measure_stream
 from agentgym_trainer.settings import TrainConfig
 
 ALL_LAGS = (0, 1, 2, 4, 8, 16)
@@ -29,7 +34,7 @@ class LabOptions:
     """What a staleness lab is asked for.
 
     Example: `LabOptions(Grid((0, 4, 8), ("snapshot", "ewma", "resident"), ("token_mask",), (1,), (0, 1, 2)),
-    Conditions(), out=Path("runs/staleness"), jobs=2, command="agentgym lab staleness")`.
+    Conditions(), out=Path("runs/staleness"), jobs=2, command="agentgym lab staleness", floor=Path("floor.json"))`.
     """
 
     grid: Grid
@@ -37,6 +42,9 @@ class LabOptions:
     out: Path
     jobs: int
     command: str  # as it was typed, for the report
+    floor: Path  # the stored line of `python -m benchmarks logprob_conformance`; it need not be there
+    windows: tuple[int, ...] = WINDOWS  # of law F
+    report_only: bool = False  # run nothing: report what earlier labs have left
 
 
 def lab_config(settings: Sequence[str]) -> TrainConfig:
@@ -51,6 +59,16 @@ def check_options(config: TrainConfig, options: LabOptions) -> None:
     distortion = Distortion.parse(options.conditions.mismatch)
     if distortion.kind == "bf16" and config.trainer.publish_dtype == "bfloat16":
         raise ConfigError("mismatch bf16 does nothing where trainer.publish_dtype = 'bfloat16'; take logits:SCALE")
+    if config.evaluation.episodes < 1:
+        raise ConfigError("evaluation.episodes must be >= 1: held-out reward is what runs are compared by")
+    if config.trainer.lora is not None:
+        raise ConfigError("trainer.lora: the staleness lab trains whole weights; leave the adapter out")
+    recorded = sorted(set(options.grid.anchors) & set(RECORDED))
+    if recorded:
+        raise ConfigError(
+            f"{', '.join(recorded)} scores while a rollout service samples, and the lab has none; its old logprobs are "
+            "those of snapshot"
+        )
     if options.jobs < 1:
         raise ConfigError(f"jobs must be >= 1, got {options.jobs}")
     if max(options.grid.lags) >= config.trainer.steps:
@@ -60,25 +78,59 @@ def check_options(config: TrainConfig, options: LabOptions) -> None:
         )
 
 
-def run_grid(config: TrainConfig, options: LabOptions, console: Console) -> list[dict[str, Any]]:
-    """Every cell's result, in the grid's order. Raises TrainingError, after all others ran, if cells failed."""
-    cells = options.grid.cells()
+def run_lab(config: TrainConfig, options: LabOptions, console: Console) -> Path:
+    """Law F, the grid, the report; returns the page. What an earlier lab in the same folder finished is not done
+    again. Raises TrainingError, after all others ran, if runs failed; the report is of the others then."""
+    check_options(config, options)
+    use_one_core()
+    disable_progress_bar()
     folder = LabFolder(options.out, config, options.conditions)
-    results: dict[str, dict[str, Any]] = {}
+    law_f = _law_f(config, options, console)
+    cells = options.grid.cells()
+    failed = [] if options.report_only else run_grid(folder, cells, options.jobs, console)
+    results = folder.kept(cells)
+    if not results:
+        raise TrainingError(f"{options.out} holds no result of this grid: " + ("; ".join(failed) or "nothing was run"))
+    report = make_report(
+        config, options.grid, options.conditions, options.command, results, law_f, read_floor(options.floor)
+    )
+    page = write_report(options.out, report)
+    if failed:
+        raise TrainingError(f"{len(failed)} of {len(cells)} runs failed, {page} is of the others: " + "; ".join(failed))
+    return page
+
+
+def _law_f(config: TrainConfig, options: LabOptions, console: Console) -> dict[str, Any]:
+    """Measured once for a plan, and remembered."""
+    anchors = [anchor for anchor in options.grid.anchors if anchor != "behavior"]  # its r_d is 1 by definition
+    plan = StreamPlan(
+        windows=options.windows, anchors=tuple(anchors), groups=config.rollout.groups_per_step,
+        mismatch=options.conditions.mismatch, seed=min(options.grid.seeds),
+    )  # fmt: skip
+    described = json.loads(json.dumps(asdict(plan)))
+    path = options.out / "law_f.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["plan"] == described:
+            return known["figures"]
+    console.print("law F: one frozen stream, seen by every anchor", highlight=False)
+    figures = measure_stream(config, plan, lambda line: console.print(line, markup=False, highlight=False))
+    write_whole(path, json.dumps({"plan": described, "figures": figures}) + "\n")
+    return figures
+
+
+def run_grid(folder: LabFolder, cells: Sequence[Cell], jobs: int, console: Console) -> list[str]:
+    """Runs what has no result yet; returns what failed, a line a cell."""
     failed: list[str] = []
-    with _Shown(len(cells), options.jobs, console) as shown:
+    with _Shown(len(cells), jobs, console) as shown:
 
         def done(finished: Finished) -> None:
             shown.add(finished)
-            if finished.result is not None:
-                results[finished.cell.name] = finished.result
-            else:
+            if finished.error is not None:
                 failed.append(f"{finished.cell.name}: {finished.error}")
 
-        run_cells(folder, cells, options.jobs, done)
-    if failed:
-        raise TrainingError(f"{len(failed)} of {len(cells)} runs failed, the others are kept: " + "; ".join(failed))
-    return [results[cell.name] for cell in cells]
+        run_cells(folder, cells, jobs, done)
+    return failed
 
 
 class _Shown:

@@ -29,7 +29,7 @@ from agentgym_trainer.advantages import trajectory_advantages
 from agentgym_trainer.anchors import Anchor, make_anchor
 from agentgym_trainer.batch import StepRows, build_micro_batches, collect_rows
 from agentgym_trainer.correction import Correction
-from agentgym_trainer.lab.cell import open_lockstep, rising, scored
+from agentgym_trainer.lab.cell import open_lockstep, publish, rising, scored
 from agentgym_trainer.lab.distortion import Distortion
 from agentgym_trainer.lab.memory import extra_bytes, model_bytes
 from agentgym_trainer.learner import Learner, load_model, make_accelerator
@@ -116,12 +116,13 @@ def _record_run(
     values = config.model_dump()
     values["run"]["seed"] = values["model"]["seed"] = values["rollout"]["seed"] = plan.seed
     values["trainer"] |= {"steps": max(last, config.trainer.steps), "anchor": "resident", "updates_per_batch": 1}
+    values["trainer"]["on_discrepancy"] = "ignore"
     values["loss"]["correction"] = "none"
     config = TrainConfig.model_validate(values)
     set_seed(plan.seed)
     folder = resolve_model(config.model.name, config.env.id, config.model.seed)
     learner = Learner(make_accelerator(config), load_model(folder, config), config, log)
-    log.append(learner.published())
+    publish(learner, log)
     lockstep = open_lockstep(config, folder, log, Distortion("none"))
     try:
         for version in range(last):
@@ -129,7 +130,7 @@ def _record_run(
             plans = lockstep.next_groups(config.rollout.groups_per_step, config.rollout.group_size)
             batch, _ = scored(lockstep.play(plans, lambda episode, turn, version=version: version))
             learner.learn(batch, trainer_version=version)
-            log.append(learner.published())
+            publish(learner, log)
     finally:
         lockstep.close()
     log.hold("lab", range(last + 1))
