@@ -50,15 +50,21 @@ def adapt(model: PreTrainedModel, section: LoraSection, *, base_dtype: str, comp
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, section)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     if base_dtype == "bfloat16":
-        _round_base(model, narrow=compute_dtype == "bfloat16")
+        _round(model)
     targets = section.target_modules
     config = LoraConfig(
         r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
     )  # fmt: skip
-    return cast("PeftModel", get_peft_model(model, config))
+    wrapped = cast("PeftModel", get_peft_model(model, config))
+    if base_dtype == compute_dtype == "bfloat16":  # only now: an adapter is made in the precision of its layer
+        for module in linear:
+            if module is not model.get_output_embeddings():
+                module.to(torch.bfloat16)
+    return wrapped
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -152,10 +158,6 @@ def _check_targets(model: PreTrainedModel, section: LoraSection) -> None:
 
 
 @torch.no_grad()
-def _round_base(model: PreTrainedModel, *, narrow: bool) -> None:
-    output = model.get_output_embeddings()
+def _round(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
-    for module in model.modules() if narrow else ():
-        if isinstance(module, nn.Linear | Conv1D) and module is not output:
-            module.to(torch.bfloat16)

@@ -14,6 +14,8 @@ from agentgym_trainer.settings import TrainConfig
 def check(config: TrainConfig) -> None:
     """Refuses what this machine cannot run."""
     _tracker_packages(config.trainer.trackers)
+    if config.trainer.lora is not None and importlib.util.find_spec("peft") is None:
+        raise UnavailableError("trainer.lora needs the package peft: pip install 'agentgym-rl[train]'")
     if config.trainer.dtype == "bfloat16" and not torch.cuda.is_available() and not cpu_has_bfloat16():
         raise UnavailableError(
             "trainer.dtype=bfloat16 needs a GPU or a CPU with AVX512-BF16 or AMX: matrix products would be hundreds of "
