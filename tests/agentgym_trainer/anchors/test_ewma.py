@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaForCausalLM
 
 from agentgym.errors import CheckpointError, TrainingError
@@ -84,6 +90,44 @@ def test_shards_average_as_the_whole_does() -> None:
         for part in (slice(5), slice(5, 12))
     ]
     assert torch.equal(torch.cat(shards), whole)
+
+
+def _one_rank_of_two(rank: int, store: str, found: multiprocessing.SimpleQueue[tuple[bool, list[bool]]]) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    whole, sharded = nn.Linear(6, 5), nn.Linear(6, 5)
+    for name, value in list(whole.named_parameters()):
+        setattr(sharded, name, nn.Parameter(distribute_tensor(value.detach().clone(), mesh, [Shard(0)])))
+    one, many = (EwmaAnchor(model, 1.0, max_staleness=4) for model in (whole, sharded))
+    for version in range(1, 5):
+        with torch.no_grad():
+            for value, part in zip(whole.parameters(), sharded.parameters()):
+                change = torch.randn(value.shape)
+                value += change
+                part += distribute_tensor(change, mesh, [Shard(0)])
+        for anchor in (one, many):
+            anchor.published(version, active_fraction=0.5 if version == 2 else 1.0, mean_lag=0.5 * version)
+    parts = {name: average for name, average in many.weights.items() if isinstance(average, DTensor)}
+    is_a_part = len(parts) == 2 and parts["weight"].to_local().shape[0] < 5
+    has_a_history = not torch.equal(one.weights["weight"], whole.weight)
+    same = [torch.equal(average, parts[name].full_tensor()) for name, average in one.weights.items()]
+    found.put((is_a_part and has_a_history, same))
+    dist.destroy_process_group()
+
+
+def test_two_processes_that_hold_a_shard_each_average_as_one_that_holds_the_whole(tmp_path: Path) -> None:
+    """Real shards, through the anchor: its own copy, its own updates, a reset among them; bitwise."""
+    forked = multiprocessing.get_context("fork")
+    found = forked.SimpleQueue()
+    ranks = [forked.Process(target=_one_rank_of_two, args=(r, str(tmp_path / "store"), found)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert [found.get() for _ in ranks] == [(True, [True, True])] * 2
 
 
 @pytest.mark.parametrize(
@@ -193,12 +237,40 @@ def test_resume_is_bitwise() -> None:
     assert second.metrics() == whole.metrics()
 
 
-def test_a_checkpoint_of_another_model_is_refused(make_model: MakeModel) -> None:
+def test_a_state_of_another_model_is_refused_and_changes_nothing(make_model: MakeModel) -> None:
+    """Other names, other shapes, and tensors that fit while the model computes something else with them."""
     anchor = EwmaAnchor(make_model(), 1.0, max_staleness=4)
-    with pytest.raises(CheckpointError, match="does not fit this model"):
-        anchor.load_state_dict(EwmaAnchor(Small(), 1.0, max_staleness=4).state_dict())
-    with pytest.raises(CheckpointError, match="does not fit this model"):
-        anchor.load_state_dict({})
+    before = anchor.state_dict()
+    turned = make_model(1)
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 77.0}
+    wider = LlamaForCausalLM(type(turned.config)(**{**make_model().config.to_dict(), "intermediate_size": 40}))
+    missing = {**before, "average": {k: v for k, v in before["average"].items() if k != "lm_head.weight"}}
+    transposed = {**before, "average": {**before["average"], "lm_head.weight": before["average"]["lm_head.weight"].T}}
+    for state, message in [
+        (
+            EwmaAnchor(turned, 1.0, max_staleness=4).state_dict(),
+            "rope_parameters is .*77.0.* in it and .* here;",
+        ),
+        (EwmaAnchor(wider, 1.0, max_staleness=4).state_dict(), "intermediate_size is 40 in it and 24 here"),
+        (missing, "'lm_head.weight' is only here"),
+        (transposed, r"'lm_head.weight' is \[16, 23\] in it and \[23, 16\] here"),
+        (EwmaAnchor(Small(), 1.0, max_staleness=4).state_dict(), "is only here"),
+        ({}, "no state of an ewma anchor: 'age' is missing"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            anchor.load_state_dict(state)
+        after = anchor.state_dict()
+        assert all(torch.equal(after["average"][name], tensor) for name, tensor in before["average"].items())
+        assert {k: v for k, v in after.items() if k != "average"} == {k: v for k, v in before.items() if k != "average"}
+
+
+def test_a_state_of_this_model_is_taken_from_another_release_of_the_library(make_model: MakeModel) -> None:
+    model = make_model()
+    state = EwmaAnchor(model, 1.0, max_staleness=4).state_dict()
+    said = json.loads(state["model"])
+    said |= {"a_key_of_another_release": 1}
+    del said["rms_norm_eps"]
+    EwmaAnchor(model, 1.0, max_staleness=4).load_state_dict({**state, "model": json.dumps(said)})
 
 
 def test_broken_weights_are_an_error(make_model: MakeModel, make_rows: MakeRows) -> None:

@@ -10,19 +10,22 @@ active. Resets at every step mean engine mismatch, not staleness.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from agentgym.errors import CheckpointError
 from agentgym_trainer.anchors.protocol import Proximal, require_finite
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
-from agentgym_trainer.publish import published_state
+from agentgym_trainer.publish import published_metadata, published_state
 
+_OF_A_COPY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
 RESET_BELOW = 0.9  # tau: the active fraction below which the anchor lets its history go
 
 
@@ -107,24 +110,50 @@ class EwmaAnchor:
             "age": self._age,
             "beta": self._beta,
             "num_resets": self._num_resets,
+            "model": model_description(self._average),
             "average": {name: tensor.detach().clone() for name, tensor in published_state(self._average).items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        try:
-            _copy_into(published_state(self._average), state["average"])
-            self._weight, self._age, self._beta = state["weight"], state["age"], state["beta"]
-            self._num_resets = state["num_resets"]
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint's ewma anchor does not fit this model: {error}") from error
+        """Raises CheckpointError, changing nothing, for a state that is not of this model."""
+        if missing := {"model", "average", "weight", "age", "beta", "num_resets"} - state.keys():
+            raise CheckpointError(f"the checkpoint holds no state of an ewma anchor: {min(missing)!r} is missing")
+        held, saved = published_state(self._average), state["average"]
+        _require_same_model(json.loads(model_description(self._average)), json.loads(state["model"]))
+        _require_same_tensors(held, saved)
+        with torch.no_grad():
+            for name, tensor in held.items():
+                tensor.copy_(saved[name])
+        self._weight, self._age, self._beta = state["weight"], state["age"], state["beta"]
+        self._num_resets = state["num_resets"]
 
 
-@torch.no_grad()
-def _copy_into(held: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Raises KeyError or RuntimeError, changing nothing, for tensors of another model."""
-    if held.keys() != saved.keys():
-        raise KeyError(min(held.keys() ^ saved.keys()))
-    if wrong := [name for name in held if held[name].shape != saved[name].shape]:
-        raise RuntimeError(f"{wrong[0]!r} has shape {list(saved[wrong[0]].shape)}, not {list(held[wrong[0]].shape)}")
-    for name, tensor in held.items():
-        tensor.copy_(saved[name])
+def model_description(model: nn.Module) -> str:
+    """What tells models of equal tensors apart (heads, rotations, an adapter's scale), as JSON: a model's configuration
+    without what concerns only how it is held. Empty for modules that have none."""
+    config = getattr(model, "config", None)
+    values = json.loads(config.to_json_string(use_diff=False)) if isinstance(config, PretrainedConfig) else {}
+    values = {key: value for key, value in values.items() if key not in _OF_A_COPY}
+    return json.dumps({**values, **published_metadata(model)}, sort_keys=True)
+
+
+def _require_same_model(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    # A key that one of them lacks is another release of the library; what both say must agree.
+    for key in sorted(here.keys() & saved.keys()):
+        if here[key] != saved[key]:
+            raise CheckpointError(
+                f"the checkpoint's ewma anchor is of another model: {key} is {saved[key]!r} in it and {here[key]!r} "
+                "here; resume with the model it was made of"
+            )
+
+
+def _require_same_tensors(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if odd := sorted(here.keys() ^ saved.keys()):
+        where = "only here" if odd[0] in here else "only in it"
+        raise CheckpointError(f"the checkpoint's ewma anchor is of another model: {odd[0]!r} is {where}")
+    for name in here:
+        if here[name].shape != saved[name].shape:
+            raise CheckpointError(
+                f"the checkpoint's ewma anchor is of another model: {name!r} is {list(saved[name].shape)} in it and "
+                f"{list(here[name].shape)} here"
+            )
