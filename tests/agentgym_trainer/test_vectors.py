@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from agentgym.trajectory import TokenSequence
 from agentgym_trainer.anchors.ewma import EwmaAnchor
+from agentgym_trainer.anchors.interpolation import Interpolated
 from agentgym_trainer.batch import MicroBatch, count_loss_tokens
 from agentgym_trainer.correction import Correction
 from agentgym_trainer.loss import TokenTerms, decoupled_loss
 from agentgym_trainer.metrics import StepMetrics
-from agentgym_trainer.objectives import Ppo
+from agentgym_trainer.objectives import Cispo, Gspo, Objective, Ppo, TruncatedReinforce
 
 _NAME = "vectors/decoupled_objective.json"
 _TESTS = Path(__file__).parents[1]
@@ -36,53 +38,86 @@ def table(rows: list[list[float | str]]) -> Tensor:
 
 
 def evaluate(
-    vectors: dict[str, Any], correction: Correction, *, behavior: Tensor | None = None, total_ratio: bool = False
+    vectors: dict[str, Any],
+    correction: Correction,
+    *,
+    behavior: Tensor | None = None,
+    proximal: Callable[[Tensor], Tensor] | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor, TokenTerms]:
-    inputs = vectors["inputs"]
+    """`proximal` makes the anchor's logprobs of the policy's; default: those of the vectors."""
+    inputs, constants = vectors["inputs"], vectors["constants"]
     policy = table(inputs["policy_logprobs"]).requires_grad_()
     behavior = table(inputs["behavior_logprobs"]) if behavior is None else behavior
     mask = torch.tensor(inputs["loss_mask"])
+    counted = mask & behavior.isfinite()
     loss, terms = decoupled_loss(
         policy,
-        behavior if total_ratio else table(inputs["proximal_logprobs"]),
+        proximal(policy) if proximal else table(inputs["proximal_logprobs"]),
         behavior,
         table(inputs["advantages"]),
         mask,
         correction=correction,
-        denominator=float((mask & behavior.isfinite()).sum()),
-        objective=Ppo(vectors["constants"]["clip_low"], vectors["constants"]["clip_high"]),
+        denominator=float(counted.sum()),
+        row_denominator=float(counted.any(-1).sum()),
+        objective=objective or Ppo(constants["clip_low"], constants["clip_high"]),
     )
     loss.backward()
     assert policy.grad is not None
     return loss, policy.grad, terms
 
 
-def corrections(vectors: dict[str, Any]) -> dict[str, Correction]:
+def case_of(vectors: dict[str, Any], name: str) -> dict[str, Any]:
+    """What reproduces the row of that name."""
     constants = vectors["constants"]
-    return {
-        "none": Correction("none"),
-        "token_mask": Correction("token_mask", constants["token_mask_c"]),
-        "token_truncate": Correction("token_truncate", constants["truncate_C"]),
-        "ppo_on_total_ratio": Correction("none"),
+    behavior = table(vectors["inputs"]["behavior_logprobs"])
+    none = Correction("none")
+    cases: dict[str, dict[str, Any]] = {
+        "none": {"correction": none},
+        "token_mask": {"correction": Correction("token_mask", constants["token_mask_c"])},
+        "token_truncate": {"correction": Correction("token_truncate", constants["truncate_C"])},
+        "icepop": {"correction": Correction("icepop", constants["icepop"][1], constants["icepop"][0])},
+        "sequence_truncate": {"correction": Correction("sequence_truncate", constants["truncate_C"])},
+        "geometric_mask": {"correction": Correction("geometric_mask", *reversed(constants["geometric_bounds"]))},
+        "ppo_on_total_ratio": {"correction": none, "proximal": lambda _: behavior},
+        "gspo": {"correction": none, "objective": Gspo(constants["clip_low"], constants["clip_high"])},
+        "cispo": {"correction": none, "objective": Cispo(*constants["cispo_bounds"])},
+        "reinforce_truncated": {"correction": none, "objective": TruncatedReinforce(constants["truncate_C"])},
     }
+    kind = name.partition("_")[0]
+    if kind in ("linear", "loglinear"):
+        weight = torch.full_like(behavior, vectors["expected"][name]["behavior_weight_in_anchor"])
+        return {"correction": none, "proximal": Interpolated(kind, behavior, weight).resolve}  # type: ignore[arg-type]
+    return cases[name]
 
 
-@pytest.mark.parametrize("name", ["none", "token_mask", "token_truncate", "ppo_on_total_ratio"])
+def every_name() -> list[str]:
+    return sorted({name for path in _PATHS for name in json.loads(path.read_text())["expected"]})
+
+
+@pytest.mark.parametrize("name", every_name())
 def test_objectives(vectors: dict[str, Any], name: str) -> None:
-    total_ratio = name == "ppo_on_total_ratio"
-    loss, gradient, terms = evaluate(vectors, corrections(vectors)[name], total_ratio=total_ratio)
-    expected = vectors["expected"][name]
+    expected = vectors["expected"].get(name)
+    if expected is None:
+        pytest.skip(f"{name} is a row of another file")
+    loss, gradient, terms = evaluate(vectors, **case_of(vectors, name))
     assert loss.item() == pytest.approx(expected["loss"], **TOLERANCE)
     torch.testing.assert_close(gradient, table(expected["grad_policy_logprobs"]), atol=1e-9, rtol=0.0)
     assert int(terms.counted.sum()) == vectors["constants"]["num_loss_tokens"]
-    active_fraction = terms.active.sum().item() / vectors["constants"]["num_loss_tokens"]
-    assert active_fraction == pytest.approx(expected["active_fraction"], **TOLERANCE)
+    total = terms.objective.sum().item() / vectors["constants"]["num_loss_tokens"]
+    assert total == pytest.approx(expected["loss"], **TOLERANCE)  # what a run reports
+    if "active_fraction" in expected:
+        active_fraction = terms.active.sum().item() / vectors["constants"]["num_loss_tokens"]
+        assert active_fraction == pytest.approx(expected["active_fraction"], **TOLERANCE)
+    if "proximal_logprobs" in expected:
+        ours = torch.where(terms.counted, table(expected["proximal_logprobs"]), 0.0)
+        torch.testing.assert_close(terms.proximal_logprobs, ours, atol=1e-9, rtol=0.0)
 
 
 @pytest.mark.parametrize("name", ["token_mask", "token_truncate"])
 def test_bad_values(vectors: dict[str, Any], name: str) -> None:
     bad = vectors["bad_values"]
-    loss, gradient, terms = evaluate(vectors, corrections(vectors)[name], behavior=table(bad["behavior_logprobs"]))
+    loss, gradient, terms = evaluate(vectors, **case_of(vectors, name), behavior=table(bad["behavior_logprobs"]))
     expected = bad["expected"][name]
     assert int(terms.counted.sum()) == bad["num_loss_tokens"]
     assert int(terms.dropped.sum()) == bad["num_dropped"]
