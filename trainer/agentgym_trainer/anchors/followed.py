@@ -8,13 +8,13 @@ trajectory that begins anew (a session whose end differs from what was shown) ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from agentgym.server.wire import FeedPage, Piece
 from agentgym.trajectory import NO_VERSION
-from agentgym_trainer.anchors.records import OldLogprobs, RecordStore, runs_of
+from agentgym_trainer.anchors.records import OldLogprobs, RecordStore, digests, runs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Passage:
 class _Row:
     token_ids: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # of the tokens not given out yet; -1 elsewhere
+    num_open: int = 0  # of them
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class _Trajectory:
     generation: int
     ended: bool = False
     rows: dict[int, _Row] = field(default_factory=dict)
-    before: list[tuple[OldLogprobs, list[int]]] = field(default_factory=list)  # records of the generation before
+    before: list[OldLogprobs] = field(default_factory=list)  # records of the generations before
 
 
 class Followed:
@@ -90,60 +91,59 @@ class Followed:
             live = frozenset(page.live)
             self._trajectories = {name: known for name, known in self._trajectories.items() if name in live}
 
-    def take(self, *, version: int | None = None, below: int | None = None, ended_only: bool = False) -> list[Passage]:
+    def take(
+        self, *, version: int | None = None, below: int | None = None, ended_only: bool = False,
+        most_tokens: int | None = None,
+    ) -> list[Passage]:  # fmt: skip
         """Gives out what was sampled under `version` (None: any), or of trajectories under way only what lies below
-        the version `below`, under which more may follow (None: all). Each token is given out once."""
-        passages = []
+        the version `below`, under which more may follow (None: all). Each token is given out once; after `most_tokens`
+        of forwards the rest is left for later."""
+        passages: list[Passage] = []
+        size = 0
         for name, trajectory in self._trajectories.items():
             if ended_only and not trajectory.ended:
                 continue
+            open_at = None if trajectory.ended else below
             for place, row in trajectory.rows.items():
-                open_at = None if trajectory.ended else below
-                passages += _take(name, trajectory.generation, place, row, version, open_at)
+                if not row.num_open:
+                    continue
+                if most_tokens is not None and size >= most_tokens:
+                    return passages
+                found = _take(name, trajectory.generation, place, row, version, open_at)
+                size += sum(passage.num_tokens for passage in found)
+                passages += found
         return passages
-
-    def give_back(self, passages: Sequence[Passage]) -> None:
-        """What was not scored after all is given out again."""
-        for passage in passages:
-            trajectory = self._trajectories.get(passage.trajectory_id)
-            if trajectory is not None and trajectory.generation == passage.generation:
-                for start, stop in passage.ranges:
-                    trajectory.rows[passage.row].versions[start:stop] = [passage.version] * (stop - start)
 
     def _grow(self, piece: Piece) -> None:
         trajectory = self._trajectories.get(piece.trajectory_id)
         if trajectory is None:
             trajectory = self._trajectories[piece.trajectory_id] = _Trajectory(piece.generation)
         elif piece.generation > trajectory.generation:
-            trajectory = self._begin_anew(piece, trajectory)
+            before = [*trajectory.before, *self.records.of([piece.trajectory_id])]
+            self.records.forget([piece.trajectory_id])
+            trajectory = _Trajectory(piece.generation, before=before)
+            self._trajectories[piece.trajectory_id] = trajectory
         trajectory.ended |= piece.ended
         if piece.token_ids:
             row = trajectory.rows.setdefault(piece.row, _Row())
             assert len(row.token_ids) == piece.start, "a page begins where the one before ended"
             row.token_ids += piece.token_ids
             row.versions += piece.policy_versions
-            self._recall(piece, trajectory.before, row)
+            row.num_open += sum(version != NO_VERSION for version in piece.policy_versions)
+            if trajectory.before:
+                self._recall(piece, trajectory.before, row)
 
-    def _begin_anew(self, piece: Piece, old: _Trajectory) -> _Trajectory:
-        before = old.before + [
-            (record, old.rows[record.row].token_ids) for record in self.records.of([piece.trajectory_id])
-        ]
-        self.records.forget([piece.trajectory_id])
-        new = self._trajectories[piece.trajectory_id] = _Trajectory(piece.generation, before=before)
-        return new
-
-    def _recall(self, piece: Piece, before: Sequence[tuple[OldLogprobs, list[int]]], row: _Row) -> None:
+    def _recall(self, piece: Piece, before: Sequence[OldLogprobs], row: _Row) -> None:
         """Records of the same tokens behind the same tokens hold where the row stands now."""
-        for record, token_ids in before:
+        stops = sorted({record.stop for record in before if record.stop <= len(row.token_ids)})
+        contexts = dict(zip(stops, digests(row.token_ids, stops)))
+        for record in before:
             part = slice(record.start, record.stop)
-            same = row.token_ids[: record.stop] == token_ids[: record.stop]
-            if same and row.versions[part] == [record.version] * (record.stop - record.start):
-                self.records.add(
-                    OldLogprobs(
-                        piece.trajectory_id, piece.row, record.start, record.stop, record.version, record.logprobs
-                    )
-                )
-                row.versions[part] = [NO_VERSION] * (record.stop - record.start)
+            length = record.stop - record.start
+            if contexts.get(record.stop) == record.context and row.versions[part] == [record.version] * length:
+                self.records.add(replace(record, row=piece.row))
+                row.versions[part] = [NO_VERSION] * length
+                row.num_open -= length
 
 
 def _take(name: str, generation: int, place: int, row: _Row, version: int | None, below: int | None) -> list[Passage]:
@@ -156,6 +156,7 @@ def _take(name: str, generation: int, place: int, row: _Row, version: int | None
     for start, stop, of in runs_of(wanted):
         ranges.setdefault(of, []).append((start, stop))
         row.versions[start:stop] = [NO_VERSION] * (stop - start)
+        row.num_open -= stop - start
     return [
         Passage(name, generation, place, of, tuple(row.token_ids[: found[-1][1]]), tuple(found))
         for of, found in ranges.items()

@@ -12,7 +12,7 @@ from torch import Tensor
 from agentgym.trajectory import NO_VERSION
 from agentgym_trainer.anchors.followed import Passage
 from agentgym_trainer.anchors.protocol import require_finite
-from agentgym_trainer.anchors.records import OldLogprobs
+from agentgym_trainer.anchors.records import OldLogprobs, digests
 from agentgym_trainer.batch import MicroBatch, RowKey, plan_cuts
 
 Score = Callable[[MicroBatch], Tensor]
@@ -31,11 +31,14 @@ def score_passages(
         batch = to_micro_batch(part).to(device)
         scored = require_finite(score(batch), anchor, f"the weights of version {part[0].version}").cpu().numpy()
         num_tokens += batch.num_tokens
-        records += [
-            OldLogprobs(passage.trajectory_id, passage.row, first, last, passage.version, line[first:last].copy())
-            for passage, line in zip(part, scored)
-            for first, last in passage.ranges
-        ]
+        for passage, line in zip(part, scored):
+            contexts = digests(passage.token_ids, [stop for _, stop in passage.ranges])
+            records += [
+                OldLogprobs(
+                    passage.trajectory_id, passage.row, first, last, passage.version, line[first:last].copy(), context
+                )
+                for (first, last), context in zip(passage.ranges, contexts)
+            ]
     return records, num_tokens
 
 

@@ -66,14 +66,16 @@ class RecordedAnchor:
         logprobs = torch.zeros(batch.loss_mask.shape, dtype=self._dtype)
         lacking = torch.zeros(batch.loss_mask.shape, dtype=torch.bool)
         sampled = np.where(batch.loss_mask.cpu().numpy(), batch.policy_versions.cpu().numpy(), NO_VERSION)
-        asked = wanted.cpu().numpy()
+        asked, token_ids = wanted.cpu().numpy(), batch.token_ids.cpu().numpy()
         for line, (row_id, length) in enumerate(zip(batch.row_ids.tolist(), batch.lengths.tolist())):
             if row_id == PADDING_ROW or not asked[line].any():
                 continue
             key = batch.keys[line] if batch.keys else None
             if key is None:
                 raise InputError(f"anchor {self.name} needs rows that say which trajectory they are of; row {row_id}")
-            values, known = self.records.lookup(key.trajectory_id, key.row, sampled[line, :length])
+            values, known = self.records.lookup(
+                key.trajectory_id, key.row, token_ids[line, :length], sampled[line, :length]
+            )
             logprobs[line, :length] = torch.from_numpy(np.where(asked[line, :length], values, 0.0))
             without = asked[line, :length] & ~known
             lacking[line, :length] = torch.from_numpy(without)

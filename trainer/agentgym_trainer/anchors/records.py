@@ -1,14 +1,17 @@
 """Old logprobs as records, and the store in which a batch looks them up. Pure; must never know a model.
 
 Laws: a record is produced once, whole, and never changed; no token has two records that disagree; and a token without
-a record is said to have none, never given a value.
+a record is said to have none, never given a value. A record holds for its tokens behind the very tokens that it was
+scored behind, which a digest proves: where a row turned out to be another one, the record is found where those are.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,9 +41,10 @@ class MissingLogprobsError(RecordError, LookupError):
 @dataclass(frozen=True, slots=True, eq=False)
 class OldLogprobs:
     """Logprobs [stop - start] of sampled tokens under the published weights of the version that sampled them, all one.
+    `context` is the `digest` of the row's tokens up to `stop`.
 
     Example: tokens 5 and 6 of the first row, sampled under version 3:
-    `OldLogprobs("g-000004.2", 0, 5, 7, 3, np.array([-0.1, -1.2], np.float32))`.
+    `OldLogprobs("g-000004.2", 0, 5, 7, 3, np.array([-0.1, -1.2], np.float32), digest(token_ids[:7]))`.
     """
 
     trajectory_id: str
@@ -49,6 +53,7 @@ class OldLogprobs:
     stop: int
     version: int
     logprobs: np.ndarray
+    context: bytes
 
     def __post_init__(self) -> None:
         if not (self.row >= 0 and 0 <= self.start < self.stop and self.version >= 0):
@@ -67,9 +72,9 @@ class RecordStore:
     """Records by trajectory, until the trajectory is forgotten.
 
     >>> store = RecordStore()
-    >>> store.add(OldLogprobs("t", 0, 1, 3, version=3, logprobs=np.array([-0.1, -1.2], np.float32)))
+    >>> store.add(OldLogprobs("t", 0, 1, 3, 3, np.array([-0.1, -1.2], np.float32), digest([7, 5, 2])))
     True
-    >>> store.lookup("t", 0, versions=[-1, 3, 3, 4])
+    >>> store.lookup("t", 0, token_ids=[7, 5, 2, 9], versions=[-1, 3, 3, 4])
     (array([ 0. , -0.1, -1.2,  0. ], dtype=float32), array([False,  True,  True, False]))
     """
 
@@ -113,32 +118,57 @@ class RecordStore:
             self.add(record)
 
     def lookup(
-        self, trajectory_id: str, row: int, versions: Sequence[int] | np.ndarray
+        self, trajectory_id: str, row: int, token_ids: Sequence[int] | np.ndarray, versions: Versions
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Old logprobs [T] of a row whose tokens have `versions` [T] (-1 where nothing was sampled), and where there
-        are any. Raises ContradictionError for a record of another version, or of a token that was not sampled."""
+        """Old logprobs [T] of a row of `token_ids` [T] with `versions` [T] (-1 where nothing was sampled), and where
+        there are any. Raises ContradictionError for a record of these tokens under another version."""
         wanted = np.asarray(versions)
         logprobs = np.zeros(len(wanted), self.dtype)
         known = np.zeros(len(wanted), bool)
-        for record in self._rows.get(trajectory_id, {}).get(row, ()):
+        for record in self._matching(trajectory_id, row, token_ids, wanted):
             part = slice(record.start, record.stop)
-            if record.stop > len(wanted) or (wanted[part] != record.version).any():
-                present = sorted(set(wanted[part].tolist()))
-                raise ContradictionError(
-                    f"{record.where} were scored under version {record.version}, but the row of {len(wanted)} tokens "
-                    f"has versions {present} there"
-                )
-            logprobs[part] = record.logprobs
-            known[part] = True
+            if not known[part].any():
+                logprobs[part] = record.logprobs
+                known[part] = True
         return logprobs, known
 
-    def unscored(
-        self, trajectory_id: str, row: int, versions: Sequence[int] | np.ndarray
-    ) -> list[tuple[int, int, int]]:
-        """The runs (start, stop, version) of sampled tokens of one version that have no record, ascending."""
-        wanted = np.asarray(versions)
-        _, known = self.lookup(trajectory_id, row, wanted)
-        return runs_of(np.where(known, NO_VERSION, wanted))
+    def settle(self, trajectory_id: str, rows: Sequence[tuple[Sequence[int], Versions]]) -> list[Run]:
+        """The rows (token ids, versions) of a trajectory are final: its records stand at their places in them, what
+        belongs to none is dropped. Returns the runs (row, start, stop, version) that have no record."""
+        kept: list[OldLogprobs] = []
+        without: list[Run] = []
+        for row, (token_ids, versions) in enumerate(rows):
+            wanted = np.asarray(versions).copy()
+            for record in self._matching(trajectory_id, row, token_ids, wanted):
+                if (wanted[record.start : record.stop] == record.version).all():
+                    kept.append(replace(record, row=row))
+                    wanted[record.start : record.stop] = NO_VERSION
+            without += [Run(row, start, stop, version) for start, stop, version in runs_of(wanted)]
+        self.forget([trajectory_id])
+        self.extend(kept)
+        return without
+
+    def _matching(
+        self, trajectory_id: str, row: int, token_ids: Sequence[int] | np.ndarray, versions: np.ndarray
+    ) -> list[OldLogprobs]:
+        """The records whose tokens and context are those of a row, its own first."""
+        rows = self._rows.get(trajectory_id, {})
+        own, other = rows.get(row, []), [record for at, found in rows.items() if at != row for record in found]
+        stops = sorted({record.stop for record in (*own, *other) if record.stop <= len(versions)})
+        contexts = dict(zip(stops, digests(token_ids, stops)))
+        matching: list[OldLogprobs] = []
+        for record in (*own, *other):
+            if contexts.get(record.stop) != record.context:
+                continue
+            present = sorted(set(versions[record.start : record.stop].tolist()))
+            if present == [record.version]:
+                matching.append(record)
+            elif record.row == row:
+                raise ContradictionError(
+                    f"{record.where} were scored under version {record.version}, but the row has versions {present} "
+                    "there"
+                )
+        return matching
 
     def forget(self, trajectory_ids: Iterable[str]) -> None:
         """Trajectories that were trained on, or never will be."""
@@ -159,6 +189,31 @@ class RecordStore:
                 f"{record.where} were scored twice under version {record.version}, {apart:.3g} apart: the scoring "
                 "weights are not those of the version"
             )
+
+
+class Run(NamedTuple):
+    """Sampled tokens of one version in one row. Example: `Run(row=0, start=5, stop=7, version=3)`."""
+
+    row: int
+    start: int
+    stop: int
+    version: int
+
+
+def digest(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """What stands for a row's first tokens."""
+    return digests(token_ids, [len(token_ids)])[0]
+
+
+def digests(token_ids: Sequence[int] | np.ndarray, stops: Sequence[int]) -> list[bytes]:
+    """The digests of `token_ids` up to each of `stops`, ascending."""
+    data = memoryview(np.asarray(token_ids, "<i8").tobytes())
+    state, at, found = blake2b(digest_size=12), 0, []
+    for stop in stops:
+        state.update(data[8 * at : 8 * stop])
+        at = stop
+        found.append(state.digest())
+    return found
 
 
 def runs_of(versions: Versions) -> list[tuple[int, int, int]]:
