@@ -13,10 +13,12 @@ import re
 import time
 from asyncio import FIRST_COMPLETED
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agentgym.server.connection import Connection, ConnectionLimits
 from agentgym.server.keys import Keyring, Principal, bearer_of
 from agentgym.server.logs import visiting
 from agentgym.server.metrics import Metrics
@@ -42,10 +44,14 @@ class Limits:
     max_body_s: float  # for a body to arrive
     max_requests: int  # POSTs under `/v1` that are answered at once
     max_request_s: float  # for an answer to be sampled
+    connection: ConnectionLimits
 
     @classmethod
     def of(cls, section: ServerSection) -> Limits:
-        return cls(section.max_body_mb * 2**20, section.max_body_s, section.max_requests, section.max_request_s)
+        connection = ConnectionLimits(section.max_connections, section.max_head_s, section.max_read_s)
+        return cls(
+            section.max_body_mb * 2**20, section.max_body_s, section.max_requests, section.max_request_s, connection
+        )
 
 
 class _Refused(Exception):
@@ -74,6 +80,10 @@ class Door:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    def connection(self, **uvicorns: Any) -> Connection:
+        """A connection to come through, made of what uvicorn gives one."""
+        return Connection(self._limits.connection, self._metrics.failed, **uvicorns)
 
     async def drain(self, limit_s: float, hurry: asyncio.Event) -> bool:
         """Takes no more requests under `/v1`, and waits until those that run have ended; cuts them off and is False at

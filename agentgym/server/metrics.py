@@ -53,7 +53,7 @@ class Metrics:
             buckets=SECONDS, registry=self._registry,
         )  # fmt: skip
         self._failures = Counter(
-            "agentgym_failures", "Requests that failed, by class.", ("kind",), registry=self._registry
+            "agentgym_failures", "Requests and connections that failed, by class.", ("kind",), registry=self._registry
         )
         self._tokens = Counter(
             "agentgym_http_tokens", "Tokens of the requests that were answered.", ("kind",), registry=self._registry
@@ -71,9 +71,13 @@ class Metrics:
         if visit.first_token_s is not None:
             self._first.labels(visit.route).observe(visit.first_token_s)
         if visit.failed:
-            self._failures.labels(visit.failed).inc()
+            self.failed(visit.failed)
         self._tokens.labels("prompt").inc(visit.prompt_tokens)
         self._tokens.labels("sampled").inc(visit.sampled_tokens)
+
+    def failed(self, kind: str) -> None:
+        """Counts a failure by its class."""
+        self._failures.labels(kind).inc()
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""

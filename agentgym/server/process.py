@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -39,6 +40,7 @@ ENDING_S = 15.0  # for ending in order; then the process ends out of order
 PARENT_S = 0.5  # between two looks at the parent
 KEEP_ALIVE_S = 75  # longer than clients keep theirs, so that a request never meets a connection that is being closed
 KEY_FILE = "trainer.key"
+SPARE_FILES = 512  # for everything but connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ async def _run(
         loop.add_signal_handler(number, signalled)
     watching = asyncio.create_task(_watch_parent(parent, orphaned)) if parent is not None else None
     keys = Keys(secrets.token_urlsafe(32), read_key(config.server))
+    _raise_file_limit(config.server.max_connections)
     with listen(config.server) as listener:
         starting = asyncio.create_task(
             RolloutService.start(config, model_folder, run_dir, versions_dir, engine_factory)
@@ -173,7 +176,7 @@ async def serve_http(
     to hurry; calls `announce` once it answers."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none",  # pyright: ignore[reportArgumentType]
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=KEEP_ALIVE_S, http=app.connection,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -197,6 +200,20 @@ def listen(section: ServerSection) -> socket.socket:
         raise UnavailableError(f"cannot listen on {section.host}:{section.port}: {error}; choose another") from error
     listener.setblocking(False)
     return listener
+
+
+def _raise_file_limit(connections: int) -> None:
+    """Each connection is a file, and so is that to a vLLM server behind it."""
+    needed = 2 * connections + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning(
+            "this process may open %d files, server.max_connections=%d may need %d; raise `ulimit -Hn`, or lower it",
+            allowed, connections, needed,
+        )  # fmt: skip
 
 
 def url(listener: socket.socket, section: ServerSection) -> str:

@@ -190,6 +190,9 @@ class ServerSection(Section):
     max_body_s: float = Field(default=30.0, gt=0.0)  # for a body to arrive
     max_requests: int = Field(default=1024, ge=1)  # answered at once on the OpenAI surface; more get status 429
     max_request_s: float = Field(default=600.0, gt=0.0)  # for one answer to be sampled
+    max_connections: int = Field(default=4096, ge=1)  # open at once, whatever they do; more get status 503
+    max_head_s: float = Field(default=15.0, gt=0.0)  # for a request's first line and headers to arrive
+    max_read_s: float = Field(default=60.0, gt=0.0)  # for a caller to read what waits for it
     drain_s: float = Field(default=10.0, ge=0.0)  # at the end, for running requests to be answered
     log_format: Literal["text", "json"] = "text"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -18,9 +19,11 @@ from outside_agents import Service, sessions_config
 
 from agentgym.config import parse_config
 from agentgym.engine.protocol import Engine
+from agentgym.render import load_renderer
 from agentgym.rollout.demonstrations import Mixture, write_demonstrations
 from agentgym.server.app import create_app
 from agentgym.server.client import ServiceClient
+from agentgym.server.connection import ConnectionLimits
 from agentgym.server.door import Door, Limits
 from agentgym.server.keys import Keyring, Keys
 from agentgym.server.process import listen, serve_http, url
@@ -29,7 +32,8 @@ from agentgym.server.settings import ServiceConfig
 from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
 
 KEY = "the-trainers-key-of-this-test"
-LIMITS = Limits(max_body_bytes=50_000, max_body_s=5.0, max_requests=64, max_request_s=60.0)
+CONNECTION = ConnectionLimits(max_connections=256, max_head_s=10.0, max_read_s=10.0)
+LIMITS = Limits(max_body_bytes=50_000, max_body_s=5.0, max_requests=64, max_request_s=60.0, connection=CONNECTION)
 
 
 def config_of(**rollout: Any) -> ServiceConfig:
@@ -41,9 +45,11 @@ def config_of(**rollout: Any) -> ServiceConfig:
 
 @pytest.fixture(scope="session")
 def maze_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer and template of a tiny maze model."""
+    """The tokenizer, template and configuration of a tiny maze model that has no weights."""
     folder = tmp_path_factory.mktemp("maze-tokenizer")
     write_demonstrations("maze", 200, 0, folder, Mixture())
+    size = max(load_renderer(folder).encoder.control_ids) + 1
+    (folder / "config.json").write_text(json.dumps({"model_type": "scripted", "vocab_size": size}))
     return folder
 
 
@@ -52,8 +58,6 @@ def random_model(maze_folder: Path) -> Path:
     """The same folder with a random model in it."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from agentgym.render import load_renderer
 
     config = LlamaConfig(
         vocab_size=max(load_renderer(maze_folder).encoder.control_ids) + 1, hidden_size=32, intermediate_size=48,
@@ -88,8 +92,6 @@ EngineFactory = Callable[[ServiceConfig, Path], Awaitable[Engine]]
 
 
 async def scripted(config: ServiceConfig, folder: Path) -> Engine:
-    from agentgym.render import load_renderer
-
     size = max(load_renderer(folder).encoder.control_ids) + 1
     return ScriptedEngine(hashed_logits(size), max_context=config.max_context)
 
@@ -141,6 +143,12 @@ def running(
         loop.call_soon_threadsafe(stop.set)
         runner.join(20)
         assert not runner.is_alive()
+
+
+@pytest.fixture
+def limits() -> Limits:
+    """What servers of tests allow, where a test says nothing else."""
+    return LIMITS
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -283,9 +284,8 @@ def test_a_deadline_of_its_own(start: Callable[..., Any]) -> None:
             list(client.chat.completions.create(**asked, stream=True))
 
 
-def test_too_many_at_once_are_told_when_to_come_back(start: Callable[..., Any]) -> None:
-    limits = Limits(max_body_bytes=50_000, max_body_s=5.0, max_requests=1, max_request_s=60.0)
-    server = start(engine_factory=says("up " * 20, latency_s=0.02), limits=limits)
+def test_too_many_at_once_are_told_when_to_come_back(start: Callable[..., Any], limits: Limits) -> None:
+    server = start(engine_factory=says("up " * 20, latency_s=0.02), limits=replace(limits, max_requests=1))
     body = {"model": "small", "messages": QUESTION, "temperature": 0}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=4) as client:
         first = threading.Thread(target=lambda: client.chat.completions.create(**body))  # type: ignore[arg-type]
