@@ -3,6 +3,7 @@ know which isolation it runs in."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
 from agentgym.sandbox.archive import Archive, ArchiveLimits
-from agentgym.sandbox.spec import WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
+from agentgym.sandbox.network.report import NetworkLimits, NetworkReport
+from agentgym.sandbox.spec import PING_S, WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
 from agentgym.sandbox.worker_client import Channel, WorkerClient, whole, worker_program
 
 MARK_BYTES = 64  # room for the line that says how much output was cut
 MOVE_S = 60.0  # for what may be as large as all the box's folders
 PACK_EXTRA = 16 * 2**20  # headers of a tar, beside the bytes of its files
+WARNED: set[tuple[str, ...]] = set()  # relaxations that were warned about in this process
+
+logger = logging.getLogger(__name__)
 
 
 class WorkerSandbox:
@@ -26,7 +31,8 @@ class WorkerSandbox:
         self.name = name
         self.spec = spec
         self.limits = limits
-        self._client = WorkerClient(channel, name)
+        self._way_out = _WayOut(channel, name, spec) if spec.allow_network else None
+        self._client = self._way_out.client if self._way_out else WorkerClient(channel, name)
         self._frozen = False
 
     def _boot(
@@ -40,21 +46,29 @@ class WorkerSandbox:
 
         `compiled_for`: the box runs this interpreter of the host. `modules`: files of this package that are sent along;
         the worker calls `apply(settings)` of each before its first answer. What they returned, by their names."""
+        way_out = self._way_out
+        more = (*(modules or ()), *(("worker_network",) if way_out else ()))
         settings = {
-            "environment": checked_environment(self.spec.environment),
+            "environment": {
+                **(way_out.environment if way_out else {}),
+                **checked_environment(self.spec.environment),
+            },
+            "network": way_out and {"at_once": way_out.limits.at_once},
             "output_limit": self.spec.output_limit,
             "file_limit": self._file_limit,
             "lease_s": self.spec.lease_s,
             "rlimits": dict(rlimits),
             "modules": {name: dict(fields) for name, fields in (modules or {}).items()},
         }
-        greeting = self._client.boot(settings, worker_program(compiled_for, tuple(modules or ())))
+        greeting = self._client.boot(settings, worker_program(compiled_for, more))
         uid = 0 if self.spec.run_as_root else self.spec.uid
         if greeting.get("pid") != 1 or greeting.get("uid") != uid:
             raise SandboxError(
                 f"sandbox {self.name} is not isolated: its worker is pid {greeting.get('pid')} of uid "
                 f"{greeting.get('uid')}, not pid 1 of uid {uid}"
             )
+        if way_out:
+            way_out.open()
         self._python = str(greeting.get("executable"))
         applied = greeting.get("applied")
         return applied if isinstance(applied, dict) else {}
@@ -162,9 +176,14 @@ class WorkerSandbox:
         """Renews the lease, from any thread, also while a call waits; a box that is gone is found by the next call."""
         self._client.renew()
 
-    def ping(self) -> None:
+    @property
+    def network(self) -> NetworkReport:
+        return self._way_out.gateway.report() if self._way_out else NetworkReport()
+
+    def ping(self, *, timeout_s: float = PING_S) -> None:
         """Returns when the worker answers; SandboxDiedError otherwise."""
-        self._client.request("ping", {})
+        checked_timeout(timeout_s)
+        self._client.request("ping", {}, wait_s=timeout_s, grace_s=0.0)
 
     def start_process(self, command: Sequence[str], *, cwd: str | None = None) -> int:
         fields = {"argv": checked_command(command), "cwd": checked_text("cwd", cwd)}
@@ -187,8 +206,13 @@ class WorkerSandbox:
         self._client.request("stop", {"process": process})
 
     def close(self) -> None:
-        self._client.close()
+        self._close_line()
         self._end()
+
+    def _close_line(self) -> None:
+        self._client.close()
+        if self._way_out:
+            self._way_out.gateway.close()
 
     def _end(self) -> None:
         """Returns when nothing of the box is left; idempotent."""
@@ -221,6 +245,41 @@ class WorkerSandbox:
     def _disbelieved(self, what: str) -> SandboxDiedError:
         self._client.close()
         return SandboxDiedError(f"sandbox {self.name} died: its worker sent {what}")
+
+
+class _WayOut:
+    """The parts of a box that has an allow-list; without one, none of it is even imported."""
+
+    def __init__(self, channel: Channel, name: str, spec: SandboxSpec) -> None:
+        from agentgym.sandbox.network.allow_list import AllowList
+        from agentgym.sandbox.network.gateway import Gateway, proxy_environment
+        from agentgym.sandbox.network.shared_client import SharedWorkerClient
+
+        self.environment = proxy_environment()
+        self.limits = NetworkLimits(bytes=spec.network_mb * 2**20)
+        self.client = SharedWorkerClient(channel, name)
+        allow = AllowList(spec.allow_network)
+        self.gateway = Gateway(name, allow, self.limits, self.client.send_beside, self.client.broke)
+
+    def open(self) -> None:
+        self.client.share(self.gateway.take)
+
+
+def network_limit(spec: SandboxSpec) -> dict[str, str]:
+    """`Sandbox.limits` of a box with a way out."""
+    if not spec.allow_network:
+        return {}
+    hosts = ", ".join(spec.allow_network)
+    return {"network": f"relaxed: through a proxy on the host to {hosts}, {spec.network_mb} MiB; no interface"}
+
+
+def warn_of_relaxations(spec: SandboxSpec) -> None:
+    """Once in a process for each combination; the box's limits and labels show it for every box."""
+    if spec.relaxations and spec.relaxations not in WARNED:
+        WARNED.add(spec.relaxations)
+        logger.warning(
+            "sandboxes are not fully hardened, because their spec asks for it: %s", ", ".join(spec.relaxations)
+        )
 
 
 def checked_command(command: Sequence[str] | str) -> list[str]:

@@ -52,8 +52,8 @@ def open_sandbox(
 ) -> Sandbox:
     """A running box. `with open_sandbox("auto", SandboxSpec(memory_mb=256)) as box: box.exec("echo hi")`."""
     spec = spec or SandboxSpec()
-    if tier == "auto" and spec.relaxations and at_least == "namespace":
-        at_least = "docker"  # the namespace tier knows no relaxation
+    if tier == "auto" and spec.needs_container and at_least == "namespace":
+        at_least = "docker"  # the namespace tier has no such relaxation
     _check_strength(tier, at_least)
     chosen = choose_tier("auto", spec.image, at_least=at_least, host=host) if tier == "auto" else tier
     if chosen == "namespace":

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from agentgym.sandbox.worker_client import NothingSentError
+
 CHUNK = 1 << 18
 
 
@@ -37,8 +39,13 @@ class SocketChannel:
                 view = view[sent:]
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN, until)
-            except (BlockingIOError, ssl.SSLWantWriteError):
+            except ssl.SSLWantWriteError:  # TLS may hold a part of it already
                 self._wait(select.POLLOUT, until)
+            except BlockingIOError:
+                try:
+                    self._wait(select.POLLOUT, until)
+                except TimeoutError as error:
+                    raise (NothingSentError(str(error)) if len(view) == len(data) else error) from None
 
     def receive(self, until: float) -> bytes:
         while True:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from agentgym.errors import InputError
+from agentgym.sandbox.network.allow_list import AllowList
+from agentgym.sandbox.network.report import NetworkReport
 
 if TYPE_CHECKING:
     from agentgym.sandbox.archive import Archive
@@ -20,6 +22,7 @@ BASE_IMAGE = "agentgym/base:bookworm"  # the tag that the Dockerfiles name
 BOX_UID = 10001  # who everything in a box is; no account of a usual host
 VERIFIER_UID = 10002  # who everything in a box is that grades
 WORK_DIRECTORY = "/work"
+PING_S = 30.0  # on a machine that does much else
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,28 @@ class SandboxSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     uid: int = BOX_UID
     lease_s: float = 60.0  # a box ends itself when nothing was heard from its owner for so long
-    # the relaxations; the namespace tier knows none of them and refuses
+    network_mb: int = 256  # what may go through the way out, both ways together
+    # the relaxations; the namespace tier knows the first of them and refuses the others
+    allow_network: tuple[str, ...] = ()  # "pypi.org:443", "*.pythonhosted.org:443": through a proxy on the host
     network: Literal["none", "bridge"] = "none"
     writable_root: bool = False
     run_as_root: bool = False  # root in the box, still without a capability
 
     def __post_init__(self) -> None:
-        for name in ("memory_mb", "cpus", "pids", "tmpfs_mb", "output_limit", "lease_s"):
+        for name in ("memory_mb", "cpus", "pids", "tmpfs_mb", "output_limit", "lease_s", "network_mb"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise InputError(f"sandbox.{name} must be finite and > 0, got {value}")
         if self.network not in ("none", "bridge"):
             raise InputError(f"sandbox.network must be 'none' or 'bridge', got {self.network!r}")
+        if isinstance(self.allow_network, str):
+            raise InputError(f"sandbox.allow_network is a list of entries, got the text {self.allow_network!r:.200}")
+        AllowList(self.allow_network)
+        if self.allow_network and self.network != "none":
+            raise InputError(
+                f"sandbox.network={self.network} lets everything through, so sandbox.allow_network would hold nothing "
+                "back; give one of the two"
+            )
         if not 0 < self.uid < 2**31:
             raise InputError(f"sandbox.uid must be 1 to {2**31 - 1}, got {self.uid}")
         for folder in self.folders:
@@ -63,12 +76,18 @@ class SandboxSpec:
     @property
     def relaxations(self) -> tuple[str, ...]:
         """What was loosened, for whoever looks at the box: `("network=bridge",)`; () for a hardened one."""
-        loosened = {
+        listed = {f"allow_network={' '.join(self.allow_network)}": bool(self.allow_network)}
+        loosened = listed | {
             "network=bridge": self.network != "none",
             "writable_root": self.writable_root,
             "run_as_root": self.run_as_root,
         }
         return tuple(name for name, is_so in loosened.items() if is_so)
+
+    @property
+    def needs_container(self) -> tuple[str, ...]:
+        """The relaxations that only a container can have."""
+        return tuple(name for name in self.relaxations if not name.startswith("allow_network="))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +146,13 @@ class Sandbox(Protocol):
         """What enforces each limit of the spec here, e.g. `{"memory": "cgroup v2", "pids": "rlimit"}`."""
         ...
 
-    def ping(self) -> None:
-        """Returns when the box answers; SandboxDiedError if it is gone."""
+    @property
+    def network(self) -> NetworkReport:
+        """What went through its way out (`SandboxSpec.allow_network`)."""
+        ...
+
+    def ping(self, *, timeout_s: float = PING_S) -> None:
+        """Returns when the box answers; SandboxDiedError if it is gone, or does not answer in time."""
         ...
 
     def exec(

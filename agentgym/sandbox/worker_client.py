@@ -96,8 +96,13 @@ def _program(python: str | None, _version: tuple[int, int] | None, modules: tupl
     return b"%08d" % len(program) + program
 
 
+class NothingSentError(TimeoutError):
+    """The line is full, and not one byte of a frame was taken: the frames before it and after it stay whole."""
+
+
 class Channel(Protocol):
-    """Bytes to and from the worker. `until` is on the monotonic clock; past it, TimeoutError. OSError: broken."""
+    """Bytes to and from the worker. `until` is on the monotonic clock; past it, TimeoutError, and of a send that had
+    not begun NothingSentError. OSError: broken."""
 
     def send(self, data: bytes, until: float) -> None: ...
 
@@ -151,14 +156,17 @@ class WorkerClient:
         body: bytes = b"",
         *,
         wait_s: float = 20.0,
+        grace_s: float | None = None,
         max_body: int = 0,
         new_key: bytes | None = None,
     ) -> tuple[dict[str, Any], bytes]:
-        """One request and its reply. `wait_s`: what the worker itself may take. An error reply is raised."""
+        """One request and its reply. `wait_s`: what the worker itself may take, `grace_s`: what comes on top for the
+        machine (default: GRACE_S). An error reply is raised."""
         with self._lock:
             if self._dead is not None:
                 raise SandboxDiedError(f"sandbox {self._name} is gone: {self._dead}")
-            until = time.monotonic() + wait_s + GRACE_S
+            patience_s = wait_s + (GRACE_S if grace_s is None else grace_s)
+            until = time.monotonic() + patience_s
             number, self._next_id = self._next_id, self._next_id + 1
             try:
                 self._send({"op": op, "id": number, "size": len(body), **fields}, body[:PART], until)
@@ -170,7 +178,7 @@ class WorkerClient:
             except SandboxDiedError:
                 raise
             except TimeoutError as error:
-                raise self._died(f"it did not answer {op!r} within {wait_s + GRACE_S:.1f} s") from error
+                raise self._died(f"it did not answer {op!r} within {patience_s:.1f} s") from error
             except OSError as error:
                 raise self._died(str(error)) from error
         if "error" in reply:
@@ -187,6 +195,8 @@ class WorkerClient:
         try:
             if self._dead is None and self._is_booted:
                 self._send_held({"op": "renew"}, b"", time.monotonic() + 1.0)
+        except NothingSentError:
+            pass  # the line is full of frames, which renew as well once they are heard
         except OSError as error:
             self._died(f"its lease could not be renewed ({error})")  # half a frame may have been sent
         finally:
@@ -207,7 +217,11 @@ class WorkerClient:
         header = marshal.dumps(dict(fields), 2)
         frame = sealed(self._key, HOST, self._num_sent, header, body)
         self._num_sent += 1
-        self._channel.send(frame + body, until)
+        try:
+            self._channel.send(frame + body, until)
+        except NothingSentError:
+            self._num_sent -= 1
+            raise
 
     def _reply(self, number: int, max_body: int, until: float) -> tuple[dict[str, Any], bytes]:
         data = bytearray()
@@ -243,7 +257,7 @@ class WorkerClient:
         while len(self._received) < size:
             data = self._channel.receive(until)
             if not data:
-                raise self._died(self._channel.epitaph() or "its worker ended")
+                raise self._died(self._dead or self._channel.epitaph() or "its worker ended")
             self._received += data
         taken = bytes(self._received[:size])
         del self._received[:size]

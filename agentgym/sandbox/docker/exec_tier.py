@@ -32,14 +32,16 @@ from agentgym.sandbox.box import (
     checked_text,
     checked_timeout,
     outermost,
+    warn_of_relaxations,
 )
 from agentgym.sandbox.docker.command import DockerCommand
 from agentgym.sandbox.docker.container import Container, NoPythonError
 from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
 from agentgym.sandbox.docker.promises import check_promises
-from agentgym.sandbox.docker.settings import enforced, owner_uid, warn_of_relaxations
+from agentgym.sandbox.docker.settings import enforced, owner_uid
 from agentgym.sandbox.inside.worker_streams import Capture
-from agentgym.sandbox.spec import WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
+from agentgym.sandbox.network.report import NetworkReport
+from agentgym.sandbox.spec import PING_S, WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
 from agentgym.sandbox.worker_client import GRACE_S
 
 KEEPER_UID = 10003  # of pid 1; neither a box's commands nor a verifier's
@@ -76,6 +78,11 @@ class DockerExecSandbox:
     """Implements `Sandbox` without resident processes."""
 
     def __init__(self, spec: SandboxSpec, host: DockerHost | None = None, tier: str = "docker") -> None:
+        if spec.allow_network:
+            raise UnavailableError(
+                f"the image {spec.image} has no python3 that can be the worker, and sandbox.allow_network goes through "
+                "the worker; add python3 (3.9 or newer) to the image"
+            )
         self._environment = {"LANG": "C.UTF-8", "HOME": WORK_DIRECTORY, **checked_environment(spec.environment)}
         daemon = connect(host)
         check_promises(daemon, tier, spec)
@@ -194,10 +201,19 @@ class DockerExecSandbox:
             raise
         return twin
 
-    def ping(self) -> None:
+    @property
+    def network(self) -> NetworkReport:
+        return NetworkReport()
+
+    def ping(self, *, timeout_s: float = PING_S) -> None:
         """Returns when a command runs; SandboxDiedError otherwise."""
+        checked_timeout(timeout_s)
         with self._lock:
-            self._run(["sh", "-c", ":"], ["sh"], b"", GRACE_S, _ignore, _ignore)
+            try:
+                self._run(["sh", "-c", ":"], ["sh"], b"", timeout_s, _ignore, _ignore)
+            except SandboxTimeoutError as error:
+                self._gone = self._gone or f"it did not answer 'ping' within {timeout_s:.1f} s"
+                raise SandboxDiedError(f"sandbox {self.name} died: {self._gone}") from error
 
     def renew(self) -> None:
         """Renews the lease, from any thread, also while a call waits."""

@@ -3,16 +3,14 @@ or the image prefers; what is not set is a hole, and what a task loosens is show
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import docker.types
 
+from agentgym.sandbox.box import network_limit
 from agentgym.sandbox.docker.host import Daemon
 from agentgym.sandbox.spec import WORK_DIRECTORY, SandboxSpec
-
-logger = logging.getLogger(__name__)
 
 GVISOR_RUNTIME = "runsc"
 REGISTER_GVISOR = (
@@ -25,7 +23,6 @@ SHM_MB = 16
 # themselves are counted inside, by RLIMIT_NPROC
 GVISOR_THREADS, GVISOR_THREADS_PER_PROCESS = 512, 24
 BYTES_PER_INODE = 4096
-WARNED: set[tuple[str, ...]] = set()  # relaxations that were warned about in this process
 
 
 def container_settings(
@@ -90,7 +87,7 @@ def owner_uid(spec: SandboxSpec) -> int:
 def enforced(tier: str, spec: SandboxSpec, worker: str) -> dict[str, str]:
     """`Sandbox.limits`: what enforces each limit, how the box is worked, and what was loosened."""
     limits = dict.fromkeys(("memory", "pids", "cpus"), "docker") | {"disk": "tmpfs size", "worker": worker}
-    limits["system calls"] = "docker's seccomp profile"
+    limits |= {"system calls": "docker's seccomp profile", **network_limit(spec)}
     if tier == "gvisor":
         # its kernel lives in the same control group and shows the box no signal to die by
         limits |= {"memory": "docker, and the whole box ends", "pids": "rlimit", "system calls": "gVisor"}
@@ -101,14 +98,3 @@ def enforced(tier: str, spec: SandboxSpec, worker: str) -> dict[str, str]:
     if spec.run_as_root:
         limits["user"] = "relaxed: root, without a capability"
     return limits
-
-
-def warn_of_relaxations(spec: SandboxSpec) -> None:
-    """Once in a process for each combination; the box's limits and labels show it for every box."""
-    if spec.relaxations and spec.relaxations not in WARNED:
-        WARNED.add(spec.relaxations)
-        logger.warning(
-            "sandboxes of the image %s are not fully hardened, because their spec asks for it: %s",
-            spec.image,
-            ", ".join(spec.relaxations),
-        )

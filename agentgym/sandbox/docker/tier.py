@@ -14,17 +14,13 @@ import re
 
 from agentgym.errors import InputError, SandboxDiedError, SandboxError
 from agentgym.sandbox import seccomp
-from agentgym.sandbox.box import WorkerSandbox
+from agentgym.sandbox.box import WorkerSandbox, warn_of_relaxations
 from agentgym.sandbox.docker import gvisor_calls
 from agentgym.sandbox.docker.container import Container, NoPythonError
 from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
 from agentgym.sandbox.docker.images import missing
 from agentgym.sandbox.docker.promises import check_promises
-from agentgym.sandbox.docker.settings import (
-    enforced,
-    owner_uid,
-    warn_of_relaxations,
-)
+from agentgym.sandbox.docker.settings import enforced, owner_uid
 from agentgym.sandbox.spec import BASE_IMAGE, Sandbox, SandboxSpec
 from agentgym.sandbox.worker_client import boot_command
 
@@ -70,7 +66,7 @@ class DockerSandbox(WorkerSandbox):
             modules = (gvisor_calls if tier == "gvisor" else seccomp).modules(daemon.info())
             self._boot({}, modules=modules)
         except BaseException as error:
-            self._client.close()
+            self._close_line()
             failure = container.failed(_without_python(spec, error))
             if isinstance(failure, NoPythonError):
                 daemon.without_python.add(container.image_id)

@@ -157,7 +157,7 @@ class _Grading:
 
     def _apart(self, artifacts: Archive) -> Score:
         plan, agent = self._plan, self._agent_box.spec
-        spec = plan.subject or replace(agent, network="none")
+        spec = plan.subject or replace(agent, network="none", allow_network=())
         self._subject = Subject(replace(spec, uid=VERIFIER_UID), artifacts, plan.budget, self._open_box)
         with contextlib.closing(self._subject), self._open_box(judge_spec(plan, agent)) as judge:
             self._put_tests(judge)
@@ -192,7 +192,12 @@ def judge_spec(plan: VerifierPlan, agent: SandboxSpec) -> SandboxSpec:
     if plan.mode == "apart":
         spec = plan.judge or SandboxSpec(agent.image, agent.memory_mb, agent.cpus, agent.pids, agent.tmpfs_mb)
         return replace(
-            spec, uid=VERIFIER_UID, folders=_with(spec.folders, TESTS), output_limit=MESSAGE_BYTES, network="none"
+            spec,
+            uid=VERIFIER_UID,
+            folders=_with(spec.folders, TESTS),
+            output_limit=MESSAGE_BYTES,
+            network="none",
+            allow_network=(),
         )
     spec = plan.judge or agent
     # no user's site, no start-up file, no home of the agent's
@@ -202,6 +207,7 @@ def judge_spec(plan: VerifierPlan, agent: SandboxSpec) -> SandboxSpec:
         uid=VERIFIER_UID,
         folders=_with(spec.folders, TESTS, LOGS),
         network=plan.judge.network if plan.judge else "none",
+        allow_network=plan.judge.allow_network if plan.judge else (),
         environment={**(plan.judge.environment if plan.judge else {}), **clean},
     )
 

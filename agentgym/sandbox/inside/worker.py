@@ -72,6 +72,9 @@ class Worker:
             names = [name for name in dir(owner) if name.startswith("do_")]
             self.operations.update({name[3:]: getattr(owner, name) for name in names})
         limit_resources(request["rlimits"])
+        if request["network"]:
+            network = sys.modules["agentgym.sandbox.inside.worker_network"]
+            self.line.network = network.Network(self.line, request["network"]["at_once"])
         applied = {}
         for name, settings in request["modules"].items():
             applied[name] = sys.modules["agentgym.sandbox.inside." + name].apply(settings)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from agentgym.errors import AgentGymError, SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import seccomp
-from agentgym.sandbox.box import WorkerSandbox
+from agentgym.sandbox.box import WorkerSandbox, network_limit, warn_of_relaxations
 from agentgym.sandbox.namespace import cgroup
 from agentgym.sandbox.namespace.bubblewrap import (
     MEND,
@@ -58,10 +58,10 @@ class NamespaceSandbox(WorkerSandbox):
     """One bubblewrap box. `NamespaceSandbox(SandboxSpec())` starts it."""
 
     def __init__(self, spec: SandboxSpec) -> None:
-        if spec.relaxations:
+        if spec.needs_container:
             raise UnavailableError(
-                f"sandbox.tier=namespace cannot give {' and '.join(spec.relaxations)}: its boxes are always hardened; "
-                "use sandbox.tier=docker"
+                f"sandbox.tier=namespace cannot give {' and '.join(spec.needs_container)}: its boxes are always "
+                "hardened; use sandbox.tier=docker"
             )
         bwrap = find_bubblewrap()
         python, prefix = find_python()
@@ -83,7 +83,7 @@ class NamespaceSandbox(WorkerSandbox):
             undo.callback(process.end)
             channel = SocketChannel(process.start(), process.epitaph)
             super().__init__("namespace", name, spec, channel, limits)
-            undo.callback(self._client.close)
+            undo.callback(self._close_line)
             try:
                 if made and not entrances:  # nothing of the box has run yet: the worker itself is sent after this
                     made.add(process.worker_pid())
@@ -95,7 +95,8 @@ class NamespaceSandbox(WorkerSandbox):
                 if process.refused():
                     raise start_error(epitaph) from error
                 raise SandboxDiedError(str(error) if epitaph in str(error) else f"{error}; {epitaph}") from error
-            self.limits = {**limits, "landlock": str(applied["worker_landlock"])}
+            self.limits = {**limits, "landlock": str(applied["worker_landlock"]), **network_limit(spec)}
+            warn_of_relaxations(spec)
             owner().keep(name, self._client.renew, spec.lease_s)
             self._undo = undo.pop_all()
 

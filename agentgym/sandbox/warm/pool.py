@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from agentgym.errors import AgentGymError, InputError, SandboxDiedError, SandboxError
+from agentgym.sandbox.box import checked_timeout
 from agentgym.sandbox.choose import choose_tier, open_sandbox
 from agentgym.sandbox.spec import Sandbox, SandboxSpec, Tier
 from agentgym.sandbox.warm.pooled_box import PooledBox
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_SPECS = 8  # of more different specs, only those asked for last are kept warm
 IDLE_S = 300.0  # a spec that nobody asked for in so long is not kept warm
+ANSWER_S = 2.0  # a warm box does nothing else; one that takes longer to say that it is there counts as dead
 BACKLOG = 32  # used boxes that wait for their end; whoever closes one more ends it himself
 RECENT = 256  # starts that the median is of
 
@@ -104,7 +106,8 @@ class SandboxPool:
     """Warm boxes. Implements BoxSource.
 
     Example: `with SandboxPool("docker", warm=4) as pool: box = pool.open(SandboxSpec(memory_mb=256))`. `warm` boxes of
-    each spec are held ready, `starters` are started at once; `source` may be a tier or another source.
+    each spec are held ready, `starters` are started at once; `source` may be a tier or another source. `answer_s` is
+    what a box may take to answer when it is handed out: raise it on a machine that stands still for seconds.
     """
 
     def __init__(
@@ -115,12 +118,14 @@ class SandboxPool:
         starters: int = 2,
         host: DockerHost | None = None,
         idle_s: float = IDLE_S,
+        answer_s: float = ANSWER_S,
     ) -> None:
         for name, value, least in (("warm", warm, 0), ("starters", starters, 1)):
             if value < least:
                 raise InputError(f"sandbox.{name} must be >= {least}, got {value}")
+        checked_timeout(answer_s)
         self._source = box_source(source, host)
-        self._warm, self._starters, self._idle_s = warm, starters, idle_s
+        self._warm, self._starters, self._idle_s, self._answer_s = warm, starters, idle_s, answer_s
         self._changed = threading.Condition()
         self._shelves: dict[Hashable, Shelf] = {}
         self._in_use: set[PooledBox] = set()
@@ -145,7 +150,7 @@ class SandboxPool:
             box, had_to_wait = self._take(spec)
             was_ready = was_ready and not had_to_wait
             try:
-                box.ping()
+                box.ping(timeout_s=self._answer_s)
             except (SandboxError, OSError) as error:
                 box.close()
                 with self._changed:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentgym.errors import SandboxDiedError
-from agentgym.sandbox.spec import WORK_DIRECTORY, Answer, ExecResult, Sandbox, SandboxSpec
+from agentgym.sandbox.network.report import NetworkReport
+from agentgym.sandbox.spec import PING_S, WORK_DIRECTORY, Answer, ExecResult, Sandbox, SandboxSpec
 
 if TYPE_CHECKING:
     from agentgym.sandbox.archive import Archive
@@ -50,8 +51,12 @@ class PooledBox:
     def frozen(self) -> bool:
         return self._box.frozen
 
-    def ping(self) -> None:
-        self._open_box().ping()
+    @property
+    def network(self) -> NetworkReport:
+        return self._box.network
+
+    def ping(self, *, timeout_s: float = PING_S) -> None:
+        self._open_box().ping(timeout_s=timeout_s)
 
     def exec(
         self, command: Sequence[str] | str, *, timeout_s: float = 10.0, stdin: bytes = b"", cwd: str | None = None

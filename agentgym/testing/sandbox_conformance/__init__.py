@@ -5,7 +5,7 @@ A tier's tests parametrise over `CHECKS` and give each a way to open a box:
 `@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)`, then `check(DockerSandbox)`.
 """
 
-from agentgym.testing.sandbox_conformance import calls, floods, hardening, life, sessions, trees
+from agentgym.testing.sandbox_conformance import calls, floods, hardening, life, network, sessions, trees
 from agentgym.testing.sandbox_conformance.questions import Check, Opener
 
 CHECKS: tuple[Check, ...] = (
@@ -26,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     hardening.cannot_gain_privileges,
     hardening.has_a_read_only_root,
     hardening.has_no_network,
+    network.reaches_what_is_listed_and_nothing_else,
     hardening.sees_no_environment_of_the_host,
     hardening.sees_nothing_of_the_host,
     hardening.limits_descriptors_cores_and_files,

@@ -17,6 +17,7 @@ import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import BASE_IMAGE, SandboxSpec, open_sandbox
+from agentgym.sandbox import box as box_module
 from agentgym.sandbox.docker import settings as docker_settings
 from agentgym.sandbox.docker.host import connect
 from agentgym.sandbox.docker.images import has_image, import_image
@@ -234,7 +235,7 @@ def test_threads_share_a_client_and_a_forked_child_has_its_own(nothing_stays: No
 
 
 def test_what_is_loosened_is_shown(client: docker.DockerClient, caplog: pytest.LogCaptureFixture) -> None:
-    docker_settings.WARNED.clear()
+    box_module.WARNED.clear()
     spec = SandboxSpec(network="bridge", writable_root=True, run_as_root=True)
     with caplog.at_level(logging.WARNING, "agentgym.sandbox"):
         for _ in range(2):

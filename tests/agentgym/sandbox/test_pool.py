@@ -37,7 +37,7 @@ class MemoryBox:
         self.alive = True
         self.pings = self.closes = 0
 
-    def ping(self) -> None:
+    def ping(self, *, timeout_s: float = 30.0) -> None:
         self.pings += 1
         if not self.alive:
             raise SandboxDiedError(f"sandbox {self.name} died")
