@@ -19,7 +19,7 @@ from agentgym.errors import InputError
 from agentgym.trajectory import NO_VERSION
 from agentgym_trainer.anchors.fallback import count_exact, patch
 from agentgym_trainer.anchors.protocol import Anchor, Proximal, Resolvable
-from agentgym_trainer.anchors.records import MissingLogprobsError, RecordStore, runs_of
+from agentgym_trainer.anchors.records import MissingLogprobsError, OldLogprobs, RecordStore, runs_of
 from agentgym_trainer.batch import PADDING_ROW, MicroBatch
 from agentgym_trainer.logprobs import logprob_dtype
 
@@ -36,6 +36,11 @@ class RecordedAnchor:
         self._why = why
         self._fallback = fallback
         self._counts: dict[str, float] = {}
+
+    def begin_batch(self, records: Sequence[OldLogprobs]) -> None:
+        """The records of the next batch, and of it alone."""
+        self.records.keep_only(())
+        self.records.extend(records)
 
     @torch.no_grad()
     def proximal(

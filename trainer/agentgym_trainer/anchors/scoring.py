@@ -37,10 +37,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 class ScoringModel:
-    """A scratch copy of a model, made at its first use."""
+    """A scratch copy of a model, made at its first use; or the model itself, if it is nobody else's (`own`)."""
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    def __init__(self, model: nn.Module, temperature: float, *, own: bool = False) -> None:
         self._model = model
+        self._own = own
         self._temperature = temperature
         self._scratch: nn.Module | None = None
         self._version: int | None = None  # of the weights in the scratch copy; None while they are of no version
@@ -72,7 +73,7 @@ class ScoringModel:
         """Swaps in the weights of `version`. Tied parameters may be given under one of their names. Raises
         VersionError for names or shapes that do not fit the model."""
         if self._scratch is None:
-            self._scratch = frozen_copy(self._model)
+            self._scratch = self._model.requires_grad_(False).eval() if self._own else frozen_copy(self._model)
         self._version = None
         state = published_state(self._scratch)
         missing = {tensor.data_ptr(): name for name, tensor in state.items()}
