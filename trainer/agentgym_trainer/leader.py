@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from agentgym.versions import VersionLog
 from agentgym.view.plot import plot_rewards
 from agentgym.view.progress import TrainProgress
 from agentgym.view.tables import final_table
+from agentgym_trainer.anchors.old_logit_model import QUEUE_TOKENS, OldLogitModel
+from agentgym_trainer.anchors.records import OldLogprobs
+from agentgym_trainer.anchors.scorer_settings import ScorerSettings
 from agentgym_trainer.checkpoint import Progress
 from agentgym_trainer.publish import Publication
 from agentgym_trainer.run_folder import RunFolder
@@ -42,13 +45,15 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What rank 0 hands to every rank: a batch, and the version of the weights that it meets.
+    """What rank 0 hands to every rank: a batch, the version of the weights that it meets, and the old logprobs that
+    came with it (None where the anchor has its own).
 
-    Example: `Step(Batch("step-000003", ...), trainer_version=3)`.
+    Example: `Step(Batch("step-000003", ...), trainer_version=3, old_logprobs=None)`.
     """
 
     batch: Batch
     trainer_version: int
+    old_logprobs: tuple[OldLogprobs, ...] | None
 
     @property
     def trajectories(self) -> list[ScoredSequences]:
@@ -66,7 +71,7 @@ class Leader:
 
     def __init__(
         self, config: TrainConfig, folder: RunFolder, client: ServiceClient, versions: VersionLog, console: Console,
-        watch: TrainProgress,
+        watch: TrainProgress, scorer: OldLogitModel | None = None,
     ) -> None:  # fmt: skip
         self.paths = Paths(versions.folder, folder.checkpoints_path)
         self._config = config
@@ -75,6 +80,7 @@ class Leader:
         self._versions = versions
         self._console = console
         self._watch = watch
+        self._scorer = scorer
         self._started = time.monotonic()
         self._served = -1  # the version that the engine serves
         self.ended_pause: int | None = None  # the pause of sampling that the last publication ended
@@ -104,7 +110,16 @@ class Leader:
             if config.rollout.source != "environment":
                 console.print(f"outside agents play: they open sessions at {client.url}/v1/sessions")
             watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
-            yield cls(config, folder, client, versions, console, watch)
+            scorer = None
+            if config.trainer.anchor == "old_logit_model":
+                settings = ScorerSettings(
+                    str(model_folder), str(versions.folder), config.model_dump_json(),
+                    config.trainer.old_logit_device or "cpu",
+                )  # fmt: skip
+                most = config.trainer.old_logit_queue_tokens or QUEUE_TOKENS
+                scorer = OldLogitModel(settings, client, folder.path / "scorer.log", queue_tokens=most)
+                stack.enter_context(scorer)
+            yield cls(config, folder, client, versions, console, watch, scorer)
 
     @property
     def sampling(self) -> ServiceClient:
@@ -135,11 +150,26 @@ class Leader:
         timeout_s = self._config.trainer.batch_timeout_s
         batch = self._client.take_batch(self._served, timeout_s, on_wait=self._show_wait, step=number)
         self._wait_s, self._step_began = time.monotonic() - began, began
-        step = Step(batch, self._served)
+        step = Step(batch, self._served, None)
+        self._hold_for_scorer()
         _hold_known(self._versions, "batch", step.versions)
         _hold_known(self._versions, "service", batch.live_versions)
         self._unacknowledged.append(batch.batch_id)
-        return step
+        return step if self._scorer is None else replace(step, old_logprobs=self._collect(self._scorer, step))
+
+    def _collect(self, scorer: OldLogitModel, step: Step) -> tuple[OldLogprobs, ...]:
+        """The old logprobs of a batch; those of the trainer's own weights are the policy's, if it is used once."""
+        trainer = self._config.trainer
+        return scorer.collect(
+            step.trajectories, step.trainer_version if trainer.updates_per_batch == 1 else None,
+            trainer.batch_timeout_s, lambda what: self._watch.note(f"waiting: {what}"),
+            may_lack=trainer.anchor_fallback is not None,
+        )  # fmt: skip
+
+    def _hold_for_scorer(self) -> None:
+        """Before any other holder lets go of a version: the scorer may still need it."""
+        if self._scorer is not None:
+            _hold_known(self._versions, "scorer", self._scorer.needed_versions())
 
     def publish(
         self, done: int, step: Step, weights: Publication, metrics: Mapping[str, float], probe: Probe | None = None
@@ -147,6 +177,7 @@ class Leader:
         """After step `done` (counted from 1): new weights to the log and the engine, figures to the run folder.
         Returns the figures."""
         began = time.monotonic()
+        self._hold_for_scorer()
         report = self._serve(self._versions.append(weights.weights, weights.metadata), probe)
         figures = {
             **step.batch.metrics,
@@ -159,6 +190,7 @@ class Leader:
             **({} if report.probe_off is None else {"discrepancy/probe_max_abs": report.probe_off}),
             "policy_version": float(self._served),
             **_log_figures(self._versions),
+            **(self._scorer.metrics() if self._scorer else {}),
         }
         every = self._config.evaluation.every
         if every and done % every == 0 and done < self._config.trainer.steps:

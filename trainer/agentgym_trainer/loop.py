@@ -76,6 +76,9 @@ def train(config: TrainConfig, resume: RunFolder | None = None) -> None:
             leader.begin(learner.published(), progress, started - progress.seconds)
         for number in range(progress.step, config.trainer.steps):
             step = exchange.share(f"step/{number}", leader.next_step(number + 1) if leader else None)
+            if step.old_logprobs is not None:
+                assert isinstance(learner.anchor, RecordedAnchor)
+                learner.anchor.begin_batch(step.old_logprobs)
             interrupt = interruption.before_update if interruption else None
             metrics = learner.learn(step.trajectories, step.trainer_version, interrupt)
             if leader:

@@ -16,11 +16,20 @@ def check(config: TrainConfig) -> None:
     _tracker_packages(config.trainer.trackers)
     if config.trainer.lora is not None and importlib.util.find_spec("peft") is None:
         raise UnavailableError("trainer.lora needs the package peft: pip install 'agentgym-rl[train]'")
+    _scorer_device(config.trainer.old_logit_device)
     if config.trainer.dtype == "bfloat16" and not torch.cuda.is_available() and not cpu_has_bfloat16():
         raise UnavailableError(
             "trainer.dtype=bfloat16 needs a GPU or a CPU with AVX512-BF16 or AMX: matrix products would be hundreds of "
             "times slower here; use trainer.dtype=float32"
         )
+
+
+def _scorer_device(name: str | None) -> None:
+    try:
+        torch.zeros(1, device=name or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UnavailableError(f"trainer.old_logit_device {name!r} is no device of this machine: {first}") from error
 
 
 def _tracker_packages(names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from agentgym.server.settings import OUTSIDE, ServiceConfig
 from agentgym_trainer.loss_settings import ON_TOTAL_RATIO, LossSection
 
 FallbackName = Literal["ewma", "linear", "loglinear", "resident", "behavior"]
-AnchorName = Literal["auto", "snapshot", "interrupt"] | FallbackName
+AnchorName = Literal["auto", "snapshot", "old_logit_model", "interrupt"] | FallbackName
 AdvantageName = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
 
 
@@ -77,8 +77,10 @@ class TrainerSection(Section):
     overlong_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)  # off the score, at the limit
     anchor: AnchorName = "auto"
     # Whose logprobs stand in, counted, for tokens without exact ones; None: such a token ends the run, but for `auto`,
-    # where it is ewma. Of `auto` and `interrupt`.
+    # where it is ewma. Of `auto`, `old_logit_model` and `interrupt`.
     anchor_fallback: FallbackName | None = None
+    old_logit_device: str | None = None  # of `old_logit_model`: where the scorer computes; None: the CPU
+    old_logit_queue_tokens: int | None = Field(default=None, ge=1)  # it may be behind by so many; None: 262,144
     interrupt_limit_s: float | None = Field(default=None, gt=0.0, le=3600.0)  # a pause's longest time; None: 120
     # of anchor linear or loglinear: the behavior policy's share of a token, whatever its lag; None: 1/max(lag, 1)
     interpolation_weight: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -200,7 +202,9 @@ class TrainConfig(ServiceConfig):
     def _options_of_exact_anchors(self) -> TrainConfig:
         trainer = self.trainer
         readers = {
-            "anchor_fallback": ("auto", "interrupt"),
+            "anchor_fallback": ("auto", "old_logit_model", "interrupt"),
+            "old_logit_device": ("old_logit_model",),
+            "old_logit_queue_tokens": ("old_logit_model",),
             "interrupt_limit_s": ("interrupt",),
         }
         for name, anchors in readers.items():
