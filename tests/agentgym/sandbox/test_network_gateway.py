@@ -326,7 +326,7 @@ def test_a_slow_reader_holds_up_its_server_and_nobody_else(world, boxes) -> None
 
     def pour(connection: socket.socket, _: World) -> None:
         connection.recv(65_536)
-        for _ in range(SENDS):
+        for _round in range(SENDS):
             connection.sendall(b"x" * 65_536)
             sent.append(65_536)
 
