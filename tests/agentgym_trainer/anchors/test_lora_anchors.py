@@ -182,6 +182,15 @@ def test_the_average_is_the_adapters_and_the_base_keeps_its_bits(make_model: Mak
         assert torch.equal(anchor.state_dict()["average"][name], value)
 
 
+def test_the_average_leaves_a_narrow_base_narrow(make_model: MakeModel) -> None:
+    model = adapt(make_model(), LoraSection(rank=2), base_dtype="bfloat16", compute_dtype="bfloat16")
+    before = {name: value.dtype for name, value in model.named_parameters()}
+    anchor = EwmaAnchor(model, 1.0, max_staleness=8)
+    assert {name: value.dtype for name, value in model.named_parameters()} == before
+    assert torch.bfloat16 in before.values()
+    assert {value.dtype for value in anchor.state_dict()["average"].values()} == {torch.float32}
+
+
 def test_a_model_without_an_adapter_is_copied_whole(make_model: MakeModel) -> None:
     model: Any = make_model()
     copied = frozen_copy(model)

@@ -23,6 +23,7 @@ from agentgym_trainer.anchors.protocol import Proximal, require_finite
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import token_logprobs, unwrap
+from agentgym_trainer.lora import is_adapted
 from agentgym_trainer.publish import published_metadata, published_state
 
 _OF_A_COPY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
@@ -59,8 +60,10 @@ class EwmaAnchor:
         self._max_staleness = max_staleness
         self._reset_below = reset_below
         frozen = frozen_copy(model)
-        # fp32: the increments of an average vanish in bf16. Test models in float64 stay as they are.
-        self._average = frozen if next(frozen.parameters()).dtype == torch.float64 else frozen.float()
+        # fp32: the increments of an average vanish in bf16. Test models in float64 stay as they are, and so does an
+        # adapter, which is fp32 already: to convert the base under it would be to convert that of the policy.
+        held = is_adapted(frozen) or next(frozen.parameters()).dtype == torch.float64
+        self._average = frozen if held else frozen.float()
         self._weight = 1.0  # w
         self._age = 0.0  # mean age of theta_prox in versions
         self._beta = 0.0
