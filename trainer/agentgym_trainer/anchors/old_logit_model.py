@@ -12,6 +12,7 @@ and version. What a batch still lacks goes to the front.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import subprocess
@@ -22,9 +23,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 from agentgym.errors import AgentGymError, TrainingError
-from agentgym.server.client import ServiceClient
+from agentgym.server.wire import FeedPage
 from agentgym.trajectory import NO_VERSION, ScoredSequences, TokenSequence
 from agentgym_trainer.anchors.followed import Followed, Passage
 from agentgym_trainer.anchors.records import MissingLogprobsError, OldLogprobs, RecordStore, Run
@@ -41,15 +43,22 @@ FOR_A_BATCH = -1  # the generation of a passage that was cut from a batch's own 
 OnWait = Callable[[str], None]
 
 
+class Feeding(Protocol):
+    """What is asked of the rollout service: `agentgym.server.client.ServiceClient`."""
+
+    def feed(self, cursor: int = 0, max_tokens: int = 65_536) -> FeedPage: ...
+
+    def another(self) -> contextlib.AbstractContextManager[Feeding]: ...
+
+
 class OldLogitModel:
-    """The scorer process, its queue and its records; lives beside rank 0. Use as a context manager."""
+    """The scorer process, its queue and its records; lives beside rank 0. The process starts with the context, its
+    work with `follow`."""
 
     def __init__(
-        self, settings: ScorerSettings, client: ServiceClient, log: Path, *, queue_tokens: int = QUEUE_TOKENS,
-        poll_s: float = POLL_S,
-    ) -> None:  # fmt: skip
+        self, settings: ScorerSettings, log: Path, *, queue_tokens: int = QUEUE_TOKENS, poll_s: float = POLL_S
+    ) -> None:
         self._settings = settings
-        self._client = client
         self._log = log
         self._queue_tokens = queue_tokens
         self._poll_s = poll_s
@@ -69,12 +78,20 @@ class OldLogitModel:
         self._deaths = 0
         self._stall_s = self._full_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._follow, self._serve)]
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> OldLogitModel:
-        for thread in self._threads:
-            thread.start()
+        self._start(self._serve)
         return self
+
+    def follow(self, client: Feeding) -> None:
+        """Reads the feed of the rollout service from now on."""
+        self._start(lambda: self._follow(client))
+
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
@@ -177,9 +194,9 @@ class OldLogitModel:
 
     # --------------------------------------------------------------------------------------- the feed, in a thread
 
-    def _follow(self) -> None:
+    def _follow(self, service: Feeding) -> None:
         try:
-            with self._client.another() as client:
+            with service.another() as client:
                 while not self._closing:
                     page = client.feed(self._followed.cursor)
                     with self._changed:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from agentgym.errors import AgentGymError, CheckpointError, VersionError
 from agentgym.server.wire import to_fault
@@ -37,6 +38,7 @@ class Scorer:
     """A model that is brought to the version of each job."""
 
     def __init__(self, settings: ScorerSettings) -> None:
+        disable_progress_bar()
         config = TrainConfig.model_validate_json(settings.config)
         torch.set_num_threads(config.trainer.threads)
         self._device = torch.device(settings.device)
