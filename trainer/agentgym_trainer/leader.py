@@ -100,25 +100,20 @@ class Leader:
                 status = client.wait_ready()
                 versions = VersionLog(Path(status.versions_dir), first=status.policy_version + 1)
                 _hold_known(versions, "service", status.live_versions)  # what an earlier run left in its buffer
+                scorer = stack.enter_context(_scorer(config, folder, model_folder, versions))
             else:
                 console.print(f"starting the rollout service for {config.env.id} (log: {folder.path}/service.log)")
                 # What the engine starts with was not rounded: it is version 0 only where nothing is, and where version
                 # 0 is an adapter that does nothing.
                 versions = VersionLog(folder.versions_path, first=0 if _is_published_whole(config) else 1)
+                scorer = stack.enter_context(_scorer(config, folder, model_folder, versions))
                 service = start_service(config.service(), model_folder, folder.path, folder.versions_path)
                 client = stack.enter_context(service)
             if config.rollout.source != "environment":
                 console.print(f"outside agents play: they open sessions at {client.url}/v1/sessions")
             watch = stack.enter_context(TrainProgress(config.trainer.steps, console))
-            scorer = None
-            if config.trainer.anchor == "old_logit_model":
-                settings = ScorerSettings(
-                    str(model_folder), str(versions.folder), config.model_dump_json(),
-                    config.trainer.old_logit_device or "cpu",
-                )  # fmt: skip
-                most = config.trainer.old_logit_queue_tokens or QUEUE_TOKENS
-                scorer = OldLogitModel(settings, client, folder.path / "scorer.log", queue_tokens=most)
-                stack.enter_context(scorer)
+            if scorer is not None:
+                scorer.follow(client)
             yield cls(config, folder, client, versions, console, watch, scorer)
 
     @property
@@ -259,6 +254,19 @@ class Leader:
         if wait != self._last_wait:
             self._watch.note(f"waiting: {wait}")
         self._last_wait = wait
+
+
+def _scorer(
+    config: TrainConfig, folder: RunFolder, model_folder: Path, versions: VersionLog
+) -> contextlib.AbstractContextManager[OldLogitModel | None]:
+    """The scorer process, for the anchor that has one; it loads its model while the service starts."""
+    trainer = config.trainer
+    if trainer.anchor != "old_logit_model":
+        return contextlib.nullcontext()
+    device = trainer.old_logit_device or "cpu"
+    settings = ScorerSettings(str(model_folder), str(versions.folder), config.model_dump_json(), device)
+    most = trainer.old_logit_queue_tokens or QUEUE_TOKENS
+    return OldLogitModel(settings, folder.path / "scorer.log", queue_tokens=most)
 
 
 def _log_figures(versions: VersionLog) -> dict[str, float]:
