@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentgym.trajectory import NO_VERSION, TokenSequence
-from agentgym_trainer.batch import MicroBatch, Row, build_micro_batches
-from agentgym_trainer.correction import Correction
-from agentgym_trainer.logprobs import token_logprobs
-from agentgym_trainer.loss import decoupled_loss
+from agentgym_trainer.batch import Row
 
 VOCABULARY = 23
 
@@ -58,36 +53,3 @@ def _row(rng: np.random.Generator, length: int, newest_version: int, span: int) 
         tuple(versions), tuple(versions),
     )  # fmt: skip
     return Row(sequence, float(rng.normal()))
-
-
-@pytest.fixture
-def step_gradient() -> Callable[..., dict[str, torch.Tensor]]:
-    """The gradient of one optimizer step over `rows`, through the real batching, forward and loss."""
-
-    def gradient(
-        model: nn.Module, rows: Sequence[Row], *, max_tokens: int, world_size: int = 1, entropy_coefficient: float = 0.0
-    ) -> dict[str, torch.Tensor]:
-        denominator = sum(
-            mask and math.isfinite(logprob)
-            for row in rows
-            for mask, logprob in zip(row.sequence.loss_mask, row.sequence.behavior_logprobs)
-        )
-        model.zero_grad()
-        for rank in range(world_size):
-            for batch in build_micro_batches(rows, max_tokens=max_tokens, rank=rank, world_size=world_size):
-                micro_batch_loss(model, batch, denominator, entropy_coefficient).backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    return gradient
-
-
-def micro_batch_loss(
-    model: nn.Module, batch: MicroBatch, denominator: float, entropy_coefficient: float
-) -> torch.Tensor:
-    policy = token_logprobs(model, batch, with_entropy=entropy_coefficient > 0)
-    loss, _ = decoupled_loss(
-        policy.logprobs, policy.logprobs.detach(), batch.behavior_logprobs, batch.advantages, batch.loss_mask,
-        correction=Correction("token_mask", 4.0), denominator=denominator, entropy=policy.entropy,
-        entropy_coefficient=entropy_coefficient,
-    )  # fmt: skip
-    return loss
