@@ -122,7 +122,7 @@ def test_raw_logprobs_are_told_from_another_temperature(
 def test_weights_of_the_version_before(new, old, prompts, verdict) -> None:
     found = verdict([FaultyEngine(lambda t: (old, NEW)).play(prompt, SAMPLED) for prompt in prompts])
     assert found.cause == "wrong_version"
-    assert "version 1, not of 2" in found.detail
+    assert "with version 1, not with version 2" in found.detail
     assert explained(found, "wrong_version") > 0.99
     assert explained(found, "stale_prefix_cache") < 0.7  # it is not only the keys
 
@@ -150,7 +150,7 @@ def test_keys_that_were_kept_over_a_publication(new, old, prompts, verdict) -> N
     assert found.cause == "stale_kv"
     assert explained(found, "stale_kv") > 0.99
     stale = sum(k < v for row in rows for k, v in zip(row.kv_versions, row.policy_versions))
-    assert f"says so of {stale} tokens" in found.detail
+    assert f"8 replies went on with keys of before a publication; the engine says so of {stale} tokens" in found.detail
     assert stale == found.mismatch.num_tokens
     silent = verdict([dataclasses.replace(row, kv_versions=row.policy_versions) for row in rows])
     assert silent.cause == "stale_kv"  # told from the logprobs, not from what the engine says
@@ -325,12 +325,13 @@ def row_of(mask: str, versions: str) -> TokenSequence:
 
 
 def test_spans_of_kept_keys() -> None:
-    #                  0123456789
+    #             0123456789
     row = row_of("..xxx..xx.", "..112..22.")
-    # token 3 was sampled by 1 and goes through 2's weights, which sample token 4; then 2 goes on to its last token
-    assert kept_spans(row, 2) == [(1, 0, 3), (2, 3, 8)]
-    assert kept_spans(row, 1) == [(1, 0, 3)]
-    assert kept_spans(row_of("..xx..xx", "..11..33"), 3) == [(1, 0, 3), (3, 3, 7)]
+    # token 3 was sampled by 1 and goes through 2's weights, which sample token 4
+    assert kept_spans(row, 2, 4) == [(1, 0, 3), (2, 3, 4)]
+    assert kept_spans(row, 2, 3) == [(1, 0, 3)]
+    assert kept_spans(row, 7, 8) == [(2, 0, 8)]  # the next turn is prefilled whole
+    assert kept_spans(row_of(".xxxxx", ".11335"), 1, 5) == [(1, 0, 2), (3, 2, 4), (5, 4, 5)]
 
 
 def test_turns_and_targets() -> None:
@@ -339,8 +340,11 @@ def test_turns_and_targets() -> None:
     broken = dataclasses.replace(row, behavior_logprobs=(*row.behavior_logprobs[:8], float("-inf"), 0.0))
     assert [target.positions for target in choose_targets([broken, row], 2, 50)] == [(4, 7), (4, 7, 8)]
     assert choose_targets([row], 7, 50) == []
-    many = choose_targets([row] * 5000, 2, 50)
-    assert sum(len(target.positions) for target in many) == pytest.approx(2048, abs=3)
+    long = row_of("." + "x" * 900, "." + "2" * 900)
+    assert [len(target.positions) for target in choose_targets([long] * 9, 2, 50)] == [900, 900, 248]
+    assert [len(target.positions) for target in choose_targets([long] * 9, 2, 2**17)] == [128]
+    rows = [dataclasses.replace(row, token_ids=(number, *row.token_ids[1:])) for number in range(480)]
+    assert [target.row.token_ids[0] for target in choose_targets(rows, 2, 50)] == list(range(0, 480, 10))
 
 
 def test_bf16_head_leaves_the_layer_as_it_was(new) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from agentgym_trainer.logprobs import logits_at, unwrap
 from agentgym_trainer.publish import as_published
 
 MAX_TOKENS = 2048  # compared
+MAX_ROWS = 48  # a fault is in many rows or is no cause; each costs a dozen forwards
 MAX_LOGITS = 2**24  # tokens times vocabulary that are held at once: 64 MB
 _BLOCKS = (1, 16, 128)  # a prefix cache holds whole blocks of so many tokens (vLLM: 16, and 128 on a CPU)
 
@@ -52,11 +53,13 @@ def choose_targets(rows: Sequence[TokenSequence], version: int, vocab_size: int)
     found = [(row, _positions(row, version)) for row in rows]
     found = [(row, positions) for row, positions in found if positions]
     chosen: list[Target] = []
-    for row, positions in _spread(found, most):
+    total = sum(len(positions) for _, positions in found)
+    stride = max(total // most, len(found) // MAX_ROWS, 1)  # every so many rows first: a few are of the whole batch
+    for row, positions in (pair for offset in range(stride) for pair in found[offset::stride]):
         positions = positions[:most]
         chosen.append(Target(row, positions))
         most -= len(positions)
-        if most <= 0:
+        if most <= 0 or len(chosen) == MAX_ROWS:
             break
     return chosen
 
@@ -69,24 +72,16 @@ def _positions(row: TokenSequence, version: int) -> tuple[int, ...]:
     )
 
 
-def _spread(
-    found: Sequence[tuple[TokenSequence, tuple[int, ...]]], most: int
-) -> Iterator[tuple[TokenSequence, tuple[int, ...]]]:
-    """Every k-th row first, so that a few rows are of the whole batch."""
-    total = sum(len(positions) for _, positions in found)
-    stride = max(total // most, 1)
-    for offset in range(stride):
-        yield from found[offset::stride]
-
-
 class Prober:
     """Predictions for `targets`, all tokens of policy version `version`, which is what `model` holds now."""
 
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], version: int, temperature: float,
-        versions: VersionSource | None = None, older: Sequence[int] = (),
+        versions: VersionSource | None = None, older: Sequence[int] = (), names: Mapping[int, str] | None = None,
     ) -> None:  # fmt: skip
-        """`older`: the versions of `versions` that the engine may have had in this one's place."""
+        """`older`: the versions of `versions` that the engine may have had in this one's place; `names` are what they
+        are called, by default by their number."""
+        self._names = names or {}
         self._model = unwrap(model)
         self._targets = targets
         self._version = version
@@ -102,6 +97,11 @@ class Prober:
         recorded = [target.row.behavior_logprobs[t] for target in self._targets for t in target.positions]
         rows = [index for index, target in enumerate(self._targets) for _ in target.positions]
         return Compared(torch.tensor(recorded), self._logprobs(self._model), torch.tensor(rows))
+
+    @torch.no_grad()
+    def logprobs_at(self, temperature: float) -> Tensor:
+        """Logprobs [n] of the tokens under the model as it is, at another temperature."""
+        return logprobs_at(self._logits(self._model), self._ids, temperature)
 
     @torch.no_grad()
     def probes(self, compared: Compared) -> list[Probe]:
@@ -166,26 +166,31 @@ class Prober:
         except VersionError:  # gone from the log: it cannot be asked
             return
         predicted = self._logprobs(self._scoring.module)
-        yield Probe("wrong_version", predicted, f"the weights of version {version}, not of {self._version}")
+        called, ours = (self._names.get(v, f"version {v}") for v in (version, self._version))
+        yield Probe("wrong_version", predicted, f"it computes with {called}, not with {ours}")
         for block in _BLOCKS:
             parts = [self._on_cached_prompts(target, version, block) for target in self._targets]
-            detail = f"prompts whose keys version {version} computed, in blocks of {block}"
+            detail = f"keys of prompts are of {called}, in blocks of {block}"
             yield Probe("stale_prefix_cache", torch.cat(parts), detail)
 
     def _of_kept_keys(self) -> Iterator[Probe]:
-        """Rows of several versions, as an engine computes them that keeps its keys at a publication."""
-        mixed = [target for target in self._targets if _first_version(target.row) != self._version]
-        if not mixed or self._versions is None:
+        """Replies of several versions, as an engine computes them that keeps its keys at a publication."""
+        turns = [list(turns_of(target)) for target in self._targets]
+        kept = [[kept_spans(target.row, start, positions[-1]) for start, positions in found] for target, found in
+                zip(self._targets, turns)]  # fmt: skip
+        num_mixed = sum(len(spans) > 1 for found in kept for spans in found)
+        if not num_mixed or self._versions is None:
             return
-        parts = []
         try:
-            for target in self._targets:
-                spans = kept_spans(target.row, self._version)
-                parts.append(self._on_kept_keys(target, spans))
+            parts = [
+                self._on_kept_keys(Target(target.row, positions), spans)
+                for target, found, of in zip(self._targets, turns, kept)
+                for (_, positions), spans in zip(found, of)
+            ]
         except VersionError:
             return
         declared = sum(t.row.kv_versions[p] < t.row.policy_versions[p] for t in self._targets for p in t.positions)
-        detail = f"keys of before the publication, in {len(mixed)} of {len(self._targets)} rows"
+        detail = f"{num_mixed} replies went on with keys of before a publication"
         yield Probe("stale_kv", torch.cat(parts), f"{detail}; the engine says so of {declared} tokens")
 
     # --------------------------------------------------------------------------------------------------- forwards
@@ -248,25 +253,17 @@ def turns_of(target: Target) -> Iterator[tuple[int, tuple[int, ...]]]:
         start = stop
 
 
-def kept_spans(row: TokenSequence, version: int) -> list[tuple[int, int, int]]:
-    """(version, start, stop) of a row's tokens as an engine that keeps its keys puts them through its weights, up to
-    the last token of `version`. A sampled token goes through the weights that sample the next one: where the version
-    changes, that is already the new one."""
-    sampled = [t for t, mask in enumerate(row.loss_mask) if mask]
+def kept_spans(row: TokenSequence, start: int, last: int) -> list[tuple[int, int, int]]:
+    """(version, start, stop) of what an engine that keeps its keys puts through the weights of each version, for the
+    reply that begins at `start`, up to what predicts its token `last`. The prompt goes through the weights that sample
+    the first token; where the version changes, the token before already goes through the new ones."""
     spans: list[tuple[int, int, int]] = []
-    start, before = 0, sampled[0]
-    for t in sampled:
-        if row.policy_versions[t] != row.policy_versions[before]:
-            spans.append((row.policy_versions[before], start, before))
-            start = before
-        before = t
-    last = max(t for t in sampled if row.policy_versions[t] == version)
-    spans.append((row.policy_versions[sampled[-1]], start, sampled[-1]))
-    return [(label, start, min(stop, last)) for label, start, stop in spans if start < min(stop, last)]
-
-
-def _first_version(row: TokenSequence) -> int:
-    return next(version for version, mask in zip(row.policy_versions, row.loss_mask) if mask)
+    begin = 0
+    for t in range(start + 1, last + 1):
+        if row.policy_versions[t] != row.policy_versions[t - 1]:
+            spans.append((row.policy_versions[t - 1], begin, t - 1))
+            begin = t - 1
+    return [*spans, (row.policy_versions[last], begin, last)]
 
 
 # ------------------------------------------------------------------------------------------------------ rounding
