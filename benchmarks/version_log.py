@@ -1,24 +1,29 @@
 """What the version log costs: bytes and time of a version, recorded as a delta of bf16 bits. Must never know a rollout.
 
 SmolLM2-135M takes policy-gradient steps at four learning rates; each step's weights are published as bf16. Beside our
-codec stand the same streams without their compressor, a general compressor over the whole XOR, and a plain copy.
+codec stand the same streams without their compressor, a general compressor over the whole XOR, a plain copy, and what
+the torch engine takes to load the full copy: what a delta would have to beat if engines applied deltas (they do not).
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from agentgym.deltas import bits_of, changed_fraction, decode, difference, encode, flip
+from agentgym.engine.torch_engine_weights import load_weights
 from agentgym.server.models import resolve_model
 from agentgym.trajectory import NO_VERSION, TokenSequence
+from agentgym.weight_file import save_file
 from agentgym_trainer.batch import MicroBatch, Row, build_micro_batches
 from agentgym_trainer.correction import Correction
 from agentgym_trainer.logprobs import token_logprobs
@@ -79,6 +84,10 @@ def _chain(model: PreTrainedModel, batches: list[MicroBatch], lr: float) -> dict
         switch_s.append(_timed(lambda data=data: flip(current, decode(data))))
     if any(not np.array_equal(bits_of(current[name]), bits_of(first[name])) for name in first):
         raise AssertionError("the chain does not lead back to the first version")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "00000001.safetensors"
+        save_file(weights, path)
+        load_s = [_timed(lambda: load_weights(model, path)) for _ in range(3)]
     sizes = [len(data) / copy_bytes for data in chain]
     return {
         "lr": lr,
@@ -91,6 +100,7 @@ def _chain(model: PreTrainedModel, batches: list[MicroBatch], lr: float) -> dict
         "record_ms": 1000 * statistics.median(encode_s),
         "switch_ms_by_lr": 1000 * statistics.median(switch_s),
         "memcpy_ms_by_lr": 1000 * statistics.median(memcpy_s),
+        "engine_load_ms_by_lr": 1000 * statistics.median(load_s),
     }
 
 
