@@ -135,6 +135,8 @@ class Gateway:
 
     def _hear(self, fields: Mapping[str, Any], body: bytes) -> None:
         self._unheard.release()
+        if self._is_closed:  # what was on its way when the loop was told to stop
+            return
         try:
             self._streams.take(fields, body)
         except ForgedFrameError as error:

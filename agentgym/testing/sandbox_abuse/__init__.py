@@ -8,10 +8,15 @@ A tier's tests parametrise over `ATTACKS` and give each a way to open a box:
 table.
 """
 
-from agentgym.testing.sandbox_abuse import exports, forging, privileges, reach, resources, tokens, worker
+from agentgym.testing.sandbox_abuse import exports, forging, privileges, reach, resources, tokens, way_out, worker
 from agentgym.testing.sandbox_abuse.attack import Attack, OpenBox, Outcome
 
-MACHINE: tuple[Attack, ...] = (*resources.ATTACKS, *reach.ATTACKS, *privileges.ATTACKS)  # against the host
+MACHINE: tuple[Attack, ...] = (
+    *resources.ATTACKS,
+    *reach.ATTACKS,
+    *way_out.ATTACKS,
+    *privileges.ATTACKS,
+)  # against the host
 TRUST: tuple[Attack, ...] = (*worker.ATTACKS, *exports.ATTACKS, *tokens.ATTACKS)  # against who believes the box
 FORGERIES: tuple[Attack, ...] = forging.ATTACKS  # against the reward
 ATTACKS: tuple[Attack, ...] = (*MACHINE, *TRUST, *FORGERIES)

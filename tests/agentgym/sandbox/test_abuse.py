@@ -13,6 +13,7 @@ import pytest
 
 from agentgym.errors import UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
+from agentgym.sandbox.network.allow_list import AllowList
 from agentgym.sandbox.spec import Sandbox
 from agentgym.testing.sandbox_abuse import ATTACKS, MACHINE, TRUST, Attack, Outcome
 from agentgym.testing.sandbox_abuse import __main__ as command
@@ -21,6 +22,7 @@ from agentgym.testing.sandbox_abuse.forging import replaced_programs
 from agentgym.testing.sandbox_abuse.privileges import mount_and_mknod
 from agentgym.testing.sandbox_abuse.reach import network_exfiltration, other_boxes
 from agentgym.testing.sandbox_abuse.resources import disk_fill, fork_bomb, zombie_flood
+from agentgym.testing.sandbox_abuse.way_out import exfiltration_through_an_allow_list
 
 TIERS = [
     pytest.param("namespace", marks=pytest.mark.bubblewrap),
@@ -93,6 +95,17 @@ def test_a_relaxation_is_noticed(attack: Attack, changes: dict[str, Any], said: 
 
     assert not outcome.contained
     assert said in outcome.what_happened
+
+
+@pytest.mark.bubblewrap
+def test_a_proxy_that_lets_other_ports_through_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AllowList, "refusal", lambda _, host, __: None if host == "127.0.0.1" else "far away")
+    monkeypatch.setattr(AllowList, "address_refusal", lambda *_: None)
+
+    outcome = exfiltration_through_an_allow_list.run(opener("namespace"))
+
+    assert not outcome.contained
+    assert "the host heard it" in outcome.what_happened
 
 
 class StaysOpen:
