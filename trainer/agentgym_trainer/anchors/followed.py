@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from agentgym.server.wire import FeedPage, Piece
-from agentgym.trajectory import NO_VERSION
-from agentgym_trainer.anchors.records import OldLogprobs, RecordStore, digests, runs_of
+from agentgym.trajectory import NO_VERSION, ScoredSequences
+from agentgym_trainer.anchors.records import OldLogprobs, RecordStore, Run, digests, runs_of
+
+FOR_A_BATCH = -1  # the generation of a passage that was cut from a batch's own rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,3 +163,22 @@ def _take(name: str, generation: int, place: int, row: _Row, version: int | None
         Passage(name, generation, place, of, tuple(row.token_ids[: found[-1][1]]), tuple(found))
         for of, found in ranges.items()
     ]
+
+
+def lacking(records: RecordStore, trajectory: ScoredSequences, known_version: int | None) -> list[Passage]:
+    """The passages of a batch's trajectory that have no records; its records stand at their final places after."""
+    rows = [
+        (row.token_ids, [v if loss else NO_VERSION for v, loss in zip(row.policy_versions, row.loss_mask)])
+        for row in trajectory.sequences
+    ]
+    by_version: dict[tuple[int, int], list[Run]] = {}
+    for run in records.settle(trajectory.trajectory_id, rows):
+        if run.version != known_version:
+            by_version.setdefault((run.row, run.version), []).append(run)
+    return [
+        Passage(
+            trajectory.trajectory_id, FOR_A_BATCH, row, version, tuple(rows[row][0][: runs[-1].stop]),
+            tuple((run.start, run.stop) for run in runs),
+        )
+        for (row, version), runs in by_version.items()
+    ]  # fmt: skip

@@ -27,9 +27,9 @@ from typing import Protocol
 
 from agentgym.errors import AgentGymError, TrainingError
 from agentgym.server.wire import FeedPage
-from agentgym.trajectory import NO_VERSION, ScoredSequences, TokenSequence
-from agentgym_trainer.anchors.followed import Followed, Passage
-from agentgym_trainer.anchors.records import MissingLogprobsError, OldLogprobs, RecordStore, Run
+from agentgym.trajectory import ScoredSequences, TokenSequence
+from agentgym_trainer.anchors.followed import FOR_A_BATCH, Followed, Passage, lacking
+from agentgym_trainer.anchors.records import MissingLogprobsError, OldLogprobs, RecordStore
 from agentgym_trainer.anchors.scorer_settings import Answer, Job, ScorerSettings
 
 QUEUE_TOKENS = 262_144  # the scorer may be behind by so many
@@ -38,7 +38,6 @@ POLL_S = 0.1
 MAX_DEATHS = 3  # in a row, without an answer in between
 START_S = 180.0
 LOG_LINES = 15
-FOR_A_BATCH = -1  # the generation of a passage that was cut from a batch's own rows
 
 OnWait = Callable[[str], None]
 
@@ -127,18 +126,18 @@ class OldLogitModel:
         with self._changed:
             self._batch = {trajectory.trajectory_id: trajectory.sequences for trajectory in trajectories}
             said = began
-            while lacking := self._request(trajectories, known_version):
-                if not may_lack and (unscorable := next(filter(None, map(self._why_not, lacking)), None)):
+            while wanted := self._request(trajectories, known_version):
+                if not may_lack and (unscorable := next(filter(None, map(self._why_not, wanted)), None)):
                     raise MissingLogprobsError(unscorable)
-                if all(self._why_not(passage) for passage in lacking):
+                if all(self._why_not(passage) for passage in wanted):
                     break
                 self._check()
                 waited_s = time.monotonic() - began
                 if waited_s >= timeout_s:
-                    raise TrainingError(f"waited {waited_s:.0f} s in vain for {self._describe(lacking)}")
+                    raise TrainingError(f"waited {waited_s:.0f} s in vain for {self._describe(wanted)}")
                 if on_wait is not None and time.monotonic() - said >= 5.0:
                     said = time.monotonic()
-                    on_wait(self._describe(lacking))
+                    on_wait(self._describe(wanted))
                 self._changed.wait(min(1.0, timeout_s - waited_s))
             self._check()
             records = self._records.of(names)
@@ -166,25 +165,25 @@ class OldLogitModel:
 
     def _request(self, trajectories: Sequence[ScoredSequences], known_version: int | None) -> list[Passage]:
         """What the batch lacks, all of it at the front of the queue or being scored."""
-        lacking = [
-            passage for trajectory in trajectories for passage in _lacking(self._records, trajectory, known_version)
+        wanted = [
+            passage for trajectory in trajectories for passage in lacking(self._records, trajectory, known_version)
         ]
         self._drop_queued(lambda passage: passage.trajectory_id in self._batch)
         answering = (
             {_place(passage) for passage in self._sent.passages if self._is_wanted(passage)} if self._sent else ()
         )
-        front = [p for p in lacking if _place(p) not in answering and not self._why_not(p)]
+        front = [p for p in wanted if _place(p) not in answering and not self._why_not(p)]
         self._put(sorted(front, key=lambda passage: -passage.version), first=True)
-        return lacking
+        return wanted
 
     def _why_not(self, passage: Passage) -> str | None:
         return self._unscorable.get(_place(passage))
 
-    def _describe(self, lacking: Sequence[Passage]) -> str:
-        versions = sorted({passage.version for passage in lacking})
+    def _describe(self, wanted: Sequence[Passage]) -> str:
+        versions = sorted({passage.version for passage in wanted})
         scorer = f"process {self.pid}" if self.pid else "starting"
         return (
-            f"old logprobs of {sum(passage.num_wanted for passage in lacking)} tokens in {len(lacking)} rows, versions "
+            f"old logprobs of {sum(passage.num_wanted for passage in wanted)} tokens in {len(wanted)} rows, versions "
             f"{versions}, from the scorer ({scorer}; {len(self._queue)} passages queued; log: {self._log})"
         )
 
@@ -386,25 +385,6 @@ class OldLogitModel:
 
 def _place(passage: Passage) -> tuple[str, int, int]:
     return passage.trajectory_id, passage.row, passage.version
-
-
-def _lacking(records: RecordStore, trajectory: ScoredSequences, known_version: int | None) -> list[Passage]:
-    """The passages of a batch's trajectory that have no records; its records stand at their final places after."""
-    rows = [
-        (row.token_ids, [v if loss else NO_VERSION for v, loss in zip(row.policy_versions, row.loss_mask)])
-        for row in trajectory.sequences
-    ]
-    by_version: dict[tuple[int, int], list[Run]] = {}
-    for run in records.settle(trajectory.trajectory_id, rows):
-        if run.version != known_version:
-            by_version.setdefault((run.row, run.version), []).append(run)
-    return [
-        Passage(
-            trajectory.trajectory_id, FOR_A_BATCH, row, version, tuple(rows[row][0][: runs[-1].stop]),
-            tuple((run.start, run.stop) for run in runs),
-        )
-        for (row, version), runs in by_version.items()
-    ]  # fmt: skip
 
 
 def _unscored(passage: Passage, why: str) -> str:
