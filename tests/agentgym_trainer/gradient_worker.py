@@ -1,6 +1,6 @@
-"""One rank of the world-size law: computes a step's gradient as the learner does and saves it from rank 0.
+"""One rank of the world-size law: computes a step's gradients as the learner does and saves them from rank 0.
 
-Run as `accelerate launch --cpu --num_processes N gradient_worker.py OUT.pt ANCHOR`.
+Run as `accelerate launch --cpu --num_processes N gradient_worker.py OUT.pt MICRO_BATCH_TOKENS`.
 """
 
 import os
@@ -70,30 +70,43 @@ def ragged_trajectories() -> list[ScoredSequences]:
     return result
 
 
-def gradient(anchor: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
-    config = TrainConfig.model_validate(
-        {
-            "env": {"id": "maze"},
-            "trainer": {"anchor": anchor, "micro_batch_tokens": micro_batch_tokens},
-            "loss": {"entropy_coefficient": 0.01},
-        }
-    )
+CASES = {
+    "snapshot": {
+        "trainer": {"anchor": "snapshot"},
+        "loss": {"entropy_coefficient": 0.01, "reference_coefficient": 0.2},
+    },
+    "behavior": {"trainer": {"anchor": "behavior"}, "loss": {"entropy_coefficient": 0.01}},
+    "gspo": {"trainer": {"anchor": "snapshot"}, "loss": {"objective": "gspo", "correction": "token_truncate"}},
+    "m2po": {"trainer": {"anchor": "behavior"}, "loss": {"objective": "m2po", "m2po_max_second_moment": 0.9}},
+}
+
+
+def gradients(case: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
+    values = {"env": {"id": "maze"}, **CASES[case]}
+    values["trainer"] = {**values["trainer"], "micro_batch_tokens": micro_batch_tokens}
+    config = TrainConfig.model_validate(values)
     accelerator = make_accelerator(config)
     exchange = BatchExchange(accelerator)
-    trajectories = exchange.share("batch", ragged_trajectories() if accelerator.is_main_process else None)
+    trajectories = exchange.share(f"batch/{case}", ragged_trajectories() if accelerator.is_main_process else None)
     model = small_model()
     learner = Learner(accelerator, model, config, Versions(model))
+    with torch.no_grad():  # away from the reference, which is of the initial weights
+        for parameter in learner.module.parameters():
+            parameter.mul_(1.1)
     rows = learner.rows_of(trajectories)
     batches = learner.micro_batches_of(rows)
     proximal = learner.anchor.proximal(batches, trainer_version=VERSION, reuse_policy=True)
     metrics = learner.accumulate(rows, batches, proximal, VERSION)
     figures = learner.over_ranks(metrics).finalise()
-    gradients = {name: p.grad.clone() for name, p in learner.module.named_parameters()}
-    gradients["figures"] = torch.tensor([figures["policy/num_tokens"], figures["policy/loss"], figures["total/k3"]])
-    return gradients
+    found = {f"{case}/{name}": p.grad.clone() for name, p in learner.module.named_parameters()}
+    names = ("num_tokens", "loss", "active_fraction", "reference_k3")
+    found[f"{case}/figures"] = torch.tensor([figures[f"policy/{name}"] for name in names] + [figures["total/k3"]])
+    return found
 
 
 if __name__ == "__main__":
-    found = gradient(sys.argv[2], int(sys.argv[3]))
+    everything: dict[str, torch.Tensor] = {}
+    for name in CASES:
+        everything |= gradients(name, int(sys.argv[2]))
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save(found, Path(sys.argv[1]))
+        torch.save(everything, Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""One optimizer step over rows of a model, through the real batching, forward and loss; what the trainer's tests share."""
+"""One optimizer step over rows of a model, through the real batching, forward and loss, as the tests share it."""
 
 from __future__ import annotations
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradient_worker import CASES
 
 WORKER = Path(__file__).with_name("gradient_worker.py")
 
 
-def run_worker(out: Path, anchor: str, micro_batch_tokens: int, num_processes: int) -> dict[str, torch.Tensor]:
-    command = [sys.executable, str(WORKER), str(out), anchor, str(micro_batch_tokens)]
+def run_worker(out: Path, micro_batch_tokens: int, num_processes: int) -> dict[str, torch.Tensor]:
+    command = [sys.executable, str(WORKER), str(out), str(micro_batch_tokens)]
     if num_processes > 1:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes)]
         rest = [
@@ -30,12 +31,27 @@ def run_worker(out: Path, anchor: str, micro_batch_tokens: int, num_processes: i
     return torch.load(out)
 
 
-@pytest.mark.parametrize("anchor", ["snapshot", "behavior"])
-def test_two_processes_give_the_gradient_of_one(tmp_path, anchor):
-    one = run_worker(tmp_path / "one.pt", anchor, 4096, 1)
-    cut = run_worker(tmp_path / "cut.pt", anchor, 40, 1)
-    two = run_worker(tmp_path / "two.pt", anchor, 60, 2)
-    for name, gradient in one.items():
-        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=2e-7, msg=lambda m, n=name: f"{n}: {m}")
-        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=2e-7, msg=lambda m, n=name: f"{n}: {m}")
-    assert any(gradient.abs().max() > 1e-4 for gradient in one.values())
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """Every case's gradients and figures: one process, one that cuts the step up, and two."""
+    folder = tmp_path_factory.mktemp("gradients")
+    layouts = {"one": (4096, 1), "cut": (40, 1), "two": (60, 2)}
+    return {name: run_worker(folder / f"{name}.pt", *layout) for name, layout in layouts.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_gradient_of_one(found: dict[str, dict[str, torch.Tensor]], case: str) -> None:
+    one = {name: value for name, value in found["one"].items() if name.startswith(f"{case}/")}
+    for layout in ("cut", "two"):
+        for name, value in one.items():
+            torch.testing.assert_close(
+                found[layout][name], value, rtol=1e-4, atol=2e-7, msg=lambda m, n=f"{layout} {name}": f"{n}: {m}"
+            )
+    assert any(value.abs().max() > 1e-4 for name, value in one.items() if "figures" not in name)
+
+
+def test_the_cases_drop_some_tokens_and_not_all(found: dict[str, dict[str, torch.Tensor]]) -> None:
+    for case in CASES:
+        active, reference = found["one"][f"{case}/figures"][2:4].tolist()
+        assert 0.05 < active < 1.0, case
+        assert (reference > 1e-4) == (case == "snapshot")
