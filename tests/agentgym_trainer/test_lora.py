@@ -376,6 +376,14 @@ def test_an_engine_that_would_round_the_adapter_is_refused() -> None:
     parse_config(TrainConfig, {**sections, "trainer": {"lora": LORA, "publish_dtype": "bfloat16"}})
 
 
+def test_servers_are_started_for_the_rank_that_is_published() -> None:
+    sections = {"env": {"id": "maze"}, "trainer": {"lora": LORA}}
+    assert parse_config(TrainConfig, {**sections, "engine": {"kind": "vllm"}}).service().engine.max_lora_rank == 2
+    assert parse_config(TrainConfig, sections).service().engine.max_lora_rank is None
+    with pytest.raises(ConfigError, match=r"engine\.max_lora_rank \(1\) must be >= trainer\.lora\.rank \(2\)"):
+        parse_config(TrainConfig, {**sections, "engine": {"kind": "vllm", "max_lora_rank": 1}})
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

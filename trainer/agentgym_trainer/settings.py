@@ -241,6 +241,11 @@ class TrainConfig(ServiceConfig):
                 "trainer.publish_dtype must be 'bfloat16' with trainer.lora where engine.dtype is 'bfloat16', got "
                 "'float32': the engine would round the adapter, and no old logprob would be of what it serves"
             )
+        if self.trainer.lora and (self.engine.max_lora_rank or self.trainer.lora.rank) < self.trainer.lora.rank:
+            raise ValueError(
+                f"engine.max_lora_rank ({self.engine.max_lora_rank}) must be >= trainer.lora.rank "
+                f"({self.trainer.lora.rank}); leave it out"
+            )
         return self
 
     def service(self) -> ServiceConfig:
