@@ -76,7 +76,7 @@ class Gateway:
     ) -> None:
         self._name, self._allow, self._limits = name, allow, limits
         self._broken, self._resolve = broken, resolve
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._over = asyncio.new_event_loop(), asyncio.Event()
         self._streams = Streams(limits.at_once, send, self._begin)
         self._tasks: set[asyncio.Task[None]] = set()
         self._unheard = threading.Semaphore(UNHEARD)
@@ -115,7 +115,7 @@ class Gateway:
             if was_open and thread is None:
                 self._loop.close()
             elif was_open:
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop.call_soon_threadsafe(self._over.set)
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -123,12 +123,12 @@ class Gateway:
 
     def _run(self) -> None:
         try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._cancel_all())
+            self._loop.run_until_complete(self._live())
         finally:
             self._loop.close()
 
-    async def _cancel_all(self) -> None:
+    async def _live(self) -> None:
+        await self._over.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -148,7 +148,7 @@ class Gateway:
     def _stop(self) -> None:
         with self._lock:
             self._is_closed = True
-        self._loop.stop()
+        self._over.set()
 
     def _begin(self, stream: Stream) -> None:
         task = self._loop.create_task(self._serve(stream))
