@@ -15,7 +15,11 @@ from agentgym_trainer.settings import TrainConfig
 def learner(seed: int):
     config = parse_config(
         TrainConfig,
-        {"env": {"id": "maze"}, "trainer": {"anchor": "ewma", "learning_rate": 1e-2, "schedule": "linear", "steps": 9}},
+        {
+            "env": {"id": "maze"},
+            "rollout": {"max_staleness": 3},
+            "trainer": {"anchor": "ewma", "learning_rate": 1e-2, "schedule": "linear", "steps": 9},
+        },
     )
     accelerator = make_accelerator(config)
     model = small_model()
