@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, PreTrainedModel
+from torch_law import TOLERANCE, assert_recorded, engine_of, forward, segment_of
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from agentgym.engine.gate import VersionedPolicy
-from agentgym.engine.protocol import Engine, WeightUpdate
+from agentgym.engine.protocol import WeightUpdate
 from agentgym.engine.torch_engine import TorchEngine
 from agentgym.engine.torch_engine_batch import draw
 from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError
-from agentgym.policy import Completion, SamplingParams, Segment
+from agentgym.policy import SamplingParams
 
 VOCAB = 61
-TOLERANCE = 1e-5
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2"]
-
-
-async def segment_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
-    """What the engine samples while nothing is loaded: one segment."""
-    (segment,) = await engine.sample(prompt_ids, params)
-    return segment
-
-
-@asynccontextmanager
-async def engine_of(folder: Path, slots: int = 6, max_context: int = 96) -> AsyncIterator[TorchEngine]:
-    engine = TorchEngine(folder, slots=slots, max_context=max_context)
-    try:
-        yield engine
-    finally:
-        await engine.close()
-
-
-@torch.no_grad()
-def forward(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> torch.Tensor:
-    """A clean forward's logprobs of `tokens` behind `prompt`."""
-    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
-    return (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-def assert_recorded(
-    model: PreTrainedModel, prompt: Sequence[int], sampled: Segment | Completion, temperature: float = 1.0
-) -> None:
-    assert sampled.token_ids
-    wanted = forward(model, prompt, sampled.token_ids, temperature)
-    assert (torch.tensor(sampled.logprobs) - wanted).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -115,123 +84,6 @@ def test_the_batch_around_a_request_does_not_change_it(model_of, architecture: s
             await asyncio.gather(*others)
         assert among.token_ids == alone.token_ids
         assert np.abs(np.array(among.logprobs) - np.array(alone.logprobs)).max() < TOLERANCE
-
-    asyncio.run(main())
-
-
-def test_the_next_turn_of_an_episode_prefills_only_what_is_new(model_of) -> None:
-    folder, model = model_of("llama")
-
-    async def main() -> None:
-        async with engine_of(folder, slots=4) as engine:
-            rng = np.random.default_rng(2)
-            contexts = [rng.integers(0, VOCAB, 20 + index).tolist() for index in range(4)]
-            for turn in range(4):
-                before = (await engine.stats()).prefilled_tokens
-                params = SamplingParams(max_tokens=5, seed=turn)
-                segments = await asyncio.gather(*(segment_of(engine, context, params) for context in contexts))
-                prefilled = (await engine.stats()).prefilled_tokens - before
-                assert prefilled == (sum(map(len, contexts)) if turn == 0 else 4 * 7)  # the last sample and 6 new
-                for context, segment in zip(contexts, segments, strict=True):
-                    assert_recorded(model, context, segment)
-                    context += [*segment.token_ids, *rng.integers(0, VOCAB, 6).tolist()]
-
-    asyncio.run(main())
-
-
-def test_an_episode_that_waits_for_its_tool_is_not_disturbed(model_of) -> None:
-    """Rows that idle between busy ones are computed along with them; what they hold must stay good."""
-    folder, model = model_of("llama")
-
-    async def main() -> None:
-        async with engine_of(folder, slots=8) as engine:
-            rng = np.random.default_rng(3)
-            contexts = [rng.integers(0, VOCAB, 12).tolist() for _ in range(8)]
-            short = [await segment_of(engine, contexts[index], SamplingParams(3, seed=index)) for index in (0, 1)]
-            busy = [
-                asyncio.ensure_future(segment_of(engine, context, SamplingParams(40, seed=9)))
-                for context in contexts[2:]
-            ]
-            await asyncio.gather(*busy)
-            before = (await engine.stats()).prefilled_tokens
-            for context, segment in zip(contexts, short, strict=False):
-                longer = [*context, *segment.token_ids, 5, 6]
-                assert_recorded(model, longer, await segment_of(engine, longer, SamplingParams(4, seed=1)))
-            assert (await engine.stats()).prefilled_tokens - before == 2 * 3
-
-    asyncio.run(main())
-
-
-def test_an_interrupted_request_goes_on_as_if_it_had_not_been(model_of) -> None:
-    folder, _ = model_of("llama")
-    params = SamplingParams(max_tokens=60, seed=5)
-
-    async def main() -> None:
-        async with engine_of(folder) as engine:
-            whole = await VersionedPolicy(engine).complete([1, 2, 3], params)
-        async with engine_of(folder) as engine:
-            running = asyncio.ensure_future(VersionedPolicy(engine).complete([1, 2, 3], params))
-            for sampled in (7, 20, 33):
-                while (await engine.stats()).sampled_tokens < sampled:
-                    await asyncio.sleep(0)
-                await engine.pause()
-                await engine.resume()
-            broken = await running
-            assert (await engine.stats()).prefilled_tokens == 3  # the same weights: nothing is computed twice
-        assert broken.token_ids == whole.token_ids
-
-    asyncio.run(main())
-
-
-def test_siblings_with_one_prompt_share_its_prefill(model_of) -> None:
-    folder, model = model_of("llama")
-    prompt = [(7 * index) % VOCAB for index in range(40)]
-
-    async def main() -> None:
-        async with engine_of(folder, slots=8) as engine:
-            segments = await asyncio.gather(
-                *(segment_of(engine, prompt, SamplingParams(max_tokens=6, seed=seed)) for seed in range(8))
-            )
-            assert (await engine.stats()).prefilled_tokens <= 40 + 8
-            assert len({segment.token_ids for segment in segments}) == 8
-            for segment in segments:
-                assert_recorded(model, prompt, segment)
-
-    asyncio.run(main())
-
-
-def test_a_rewritten_history_shares_only_its_common_beginning(model_of) -> None:
-    folder, model = model_of("llama")
-    beginning = [(5 * index) % VOCAB for index in range(30)]
-
-    async def main() -> None:
-        async with engine_of(folder, slots=2) as engine:
-            await segment_of(engine, [*beginning, 1, 2, 3], SamplingParams(max_tokens=8, seed=0))
-            before = (await engine.stats()).prefilled_tokens
-            rewritten = [*beginning, 9, 2, 3]
-            assert_recorded(model, rewritten, await segment_of(engine, rewritten, SamplingParams(max_tokens=8, seed=0)))
-            assert (await engine.stats()).prefilled_tokens - before == 3
-
-    asyncio.run(main())
-
-
-def test_new_weights_forget_the_old_keys(model_of, perturbed) -> None:
-    folder, model = model_of("llama")
-    path, twin = perturbed(model, 1)
-    prompt = [(3 * index) % VOCAB for index in range(25)]
-
-    async def main() -> None:
-        async with engine_of(folder) as engine:
-            first = await segment_of(engine, prompt, SamplingParams(max_tokens=5, seed=0))
-            await engine.pause()
-            await engine.load(WeightUpdate(1, path))
-            await engine.resume()
-            before = (await engine.stats()).prefilled_tokens
-            longer = [*prompt, *first.token_ids, 4]
-            second = await segment_of(engine, longer, SamplingParams(max_tokens=5, seed=0))
-            assert (await engine.stats()).prefilled_tokens - before == len(longer)
-            assert (second.policy_version, second.kv_version) == (1, 1)
-            assert_recorded(twin, longer, second)
 
     asyncio.run(main())
 
@@ -458,45 +310,5 @@ def test_tokens_are_heard_as_they_come_and_are_those_of_the_segment(model_of) ->
             assert heard == list(zip(segment.token_ids, segment.logprobs, strict=True))
             assert len(chunks) > 20
             assert len((await broken)[0].token_ids) == 40
-
-    asyncio.run(main())
-
-
-def test_kept_requests_run_on_with_old_keys_that_nobody_else_gets(model_of, perturbed) -> None:
-    """What is sampled before the switch is version 0's forward; behind it neither's, which kv_versions say; and new
-    requests that begin alike share nothing with stale rows."""
-    folder, model = model_of("llama")
-    path, twin = perturbed(model, 1)
-    prompt = [(5 * index) % VOCAB for index in range(24)]
-
-    async def main() -> None:
-        async with engine_of(folder, slots=4) as engine:
-            policy = VersionedPolicy(engine)
-            running = [
-                asyncio.ensure_future(policy.complete(prompt, SamplingParams(60, seed=seed))) for seed in range(5)
-            ]
-            while (await engine.stats()).sampled_tokens < 40:
-                await asyncio.sleep(0.001)
-            await policy.publish(WeightUpdate(1, path), "keep")
-            late = asyncio.ensure_future(policy.complete(prompt, SamplingParams(30, seed=9)))
-            stale = 0
-            for completion in await asyncio.gather(*running):
-                recorded = torch.tensor(completion.logprobs)
-                off = [
-                    (recorded - forward(each, prompt, completion.token_ids, 1.0)).abs().numpy()
-                    for each in (model, twin)
-                ]
-                versions, keys = np.array(completion.policy_versions), np.array(completion.kv_versions)
-                mixed = keys < versions
-                assert (off[0][versions == 0] < TOLERANCE).all()
-                assert (off[1][keys == 1] < TOLERANCE).all()
-                if mixed.any():
-                    assert off[1][mixed].max() > 0.01
-                    stale += int(mixed.sum())
-            assert stale > 20
-            assert_recorded(twin, prompt, await late)
-            again = await policy.complete(prompt, SamplingParams(5, seed=1))
-            assert again.kv_versions == (1,) * 5
-            assert_recorded(twin, prompt, again)
 
     asyncio.run(main())
