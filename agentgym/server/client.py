@@ -208,7 +208,7 @@ class ServiceClient:
 
 @contextlib.contextmanager
 def start_service(
-    config: ServiceConfig, model_folder: Path, run_dir: Path, versions_dir: Path, *, startup_s: float = STARTUP_S
+    config: ServiceConfig, model_folder: Path, run_dir: Path, versions_dir: Path, *, startup_s: float | None = None
 ) -> Iterator[ServiceClient]:
     """Starts `python -m agentgym.server` as a child, and ends it when the block ends; if this process is killed, the
     child notices and ends itself. Its output goes to `run_dir/service.log`.
@@ -220,11 +220,16 @@ def start_service(
     versions_dir.mkdir(parents=True, exist_ok=True)
     child = _Child(config, model_folder, run_dir, versions_dir)
     try:
-        url, key = child.wait_ready(startup_s)
+        url, key = child.wait_ready(_startup_s(config) if startup_s is None else startup_s)
         with ServiceClient(url, key, explain_death=child.explain_death) as client:
             yield client
     finally:
         child.end()
+
+
+def _startup_s(config: ServiceConfig) -> float:
+    """Servers of vLLM have their own time limit, which says more than ours."""
+    return STARTUP_S + (config.engine.vllm_start_s if config.engine.kind == "vllm" else 0.0)
 
 
 class _Child:
