@@ -1,5 +1,6 @@
-"""The routes of sessions. Law: whoever may act opens and ends sessions; a session's own bearer sees that session and
-nothing else, and neither ends it nor says what it earned, since it is in the hands of the policy's agent.
+"""The routes of sessions. Law: whoever may act opens and ends sessions; a session's own bearer, which is in the hands of
+the policy's agent, sees what that session has used and nothing else (neither its task, whose name may be the answer, nor
+its score), and neither ends it nor says what it earned.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from agentgym.server.sessions import Sessions, SessionView
 from agentgym.server.sessions_errors import UnknownSessionError
 from agentgym.server.visit import Visit
 
+AGENTS_OWN = ("id", "object", "status", "turns", "undelivered", "sampled_tokens", "expires_in_s")
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -71,8 +73,10 @@ def sessions_router(sessions: Sessions, keyring: Keyring, model_name: str) -> AP
     @router.get("/{session_id}")
     async def show(session_id: str, request: Request) -> dict[str, Any]:
         """What a session has used and how it stands."""
-        _check_sees(_principal(request), session_id)
-        return _view(sessions.view(session_id))
+        principal = _principal(request)
+        _check_sees(principal, session_id)
+        shown = _view(sessions.view(session_id))
+        return shown if principal.role == "actor" else {name: shown[name] for name in AGENTS_OWN}
 
     @router.post("/{session_id}/finish")
     async def finish(session_id: str, body: FinishRequest, request: Request) -> dict[str, Any]:

@@ -162,6 +162,25 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Any, change: dict[st
     assert server.service.policy.engine._sampled == before  # refused before any work
 
 
+@pytest.mark.parametrize(
+    ("prompt", "says_what"),
+    [
+        ([5, 10**6], "prompt: 1000000 is not in the vocabulary of"),
+        ([5, -1], "prompt"),
+        ([], "prompt must have at least one token"),
+        ([[5], [6]], "prompt must be one prompt, got 2"),
+        ([5] * 121, "does not fit the context of 120 tokens"),
+        ([5, "up"], "prompt"),
+    ],
+)
+def test_ids_that_are_no_prompt_are_refused(server: Any, prompt: list[Any], says_what: str) -> None:
+    before = server.service.policy.engine._sampled
+    response = httpx.post(f"{server.url}/v1/completions", json={"model": "small", "prompt": prompt, "max_tokens": 1})
+    assert response.status_code == 400, response.text
+    assert says_what in response.json()["error"]["message"]
+    assert server.service.policy.engine._sampled == before
+
+
 def test_errors_arrive_as_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="unknown model 'smal'; did you mean 'small'") as caught:
         client.chat.completions.create(model="smal", messages=QUESTION)  # type: ignore[arg-type]

@@ -284,6 +284,16 @@ def test_a_deadline_of_its_own(start: Callable[..., Any]) -> None:
             list(client.chat.completions.create(**asked, stream=True))
 
 
+def test_a_request_that_sets_no_deadline_has_the_servers(start: Callable[..., Any], limits: Limits) -> None:
+    slow = says("up " * 90, latency_s=0.05)  # 4.5 s
+    server = start(engine_factory=slow, limits=replace(limits, max_request_s=0.3))
+    asked = {"model": "small", "messages": QUESTION}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    longer = httpx.post(f"{server.url}/v1/chat/completions", json=asked | {"timeout_s": 0.4})
+    assert (longer.status_code, longer.json()["error"]["param"]) == (400, "timeout_s")
+
+
 def test_too_many_at_once_are_told_when_to_come_back(start: Callable[..., Any], limits: Limits) -> None:
     server = start(engine_factory=says("up " * 20, latency_s=0.02), limits=replace(limits, max_requests=1))
     body = {"model": "small", "messages": QUESTION, "temperature": 0}

@@ -9,6 +9,8 @@ import openai
 import pytest
 from outside_agents import HELLO, agent, say
 
+from agentgym.server.sessions_api import AGENTS_OWN
+
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -77,7 +79,8 @@ def test_a_session_s_bearer_opens_nothing_else(service):
     with httpx.Client(base_url=it.server.url, headers=bearer, trust_env=False) as http:
         own = http.get(f"/v1/sessions/{mine['id']}")
         assert own.status_code == 200
-        assert "api_key" not in own.json()
+        assert set(own.json()) == set(AGENTS_OWN)  # and so neither its task, which may be the answer, nor its score
+        assert {"task", "seed", "group", "score", "api_key"}.isdisjoint(AGENTS_OWN)
         for answer in (
             http.get(f"/v1/sessions/{other['id']}"),
             http.post(f"/v1/sessions/{other['id']}/chat/completions", json={"model": "small", "messages": HELLO}),
