@@ -8,6 +8,7 @@ messages, processes or other replicas.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from agentgym.engine.protocol import PauseMode
 from agentgym.engine.vllm_facts import ServerFacts
+from agentgym.engine.vllm_stream import StreamClient
 from agentgym.engine.vllm_weights import PublishedTensors
 from agentgym.errors import EngineDiedError, EngineError, InputError
 from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
@@ -115,6 +118,7 @@ class VllmReplica:
             base_url=(url or "http://vllm").rstrip("/"), transport=transport, limits=limits, timeout=None,
             trust_env=False,
         )  # fmt: skip
+        self._streams = StreamClient(url=url, socket=socket)
 
     # ------------------------------------------------------------------------------------------------- sampling
 
@@ -125,17 +129,19 @@ class VllmReplica:
         """
         asked = _Asked(len(work.token_ids), self.version, self._adapted)
         try:
-            async with self._http.stream("POST", "/inference/v1/generate", json=self._request(work)) as response:
-                if response.status_code != 200:
-                    raise self._refusal(response.status_code, await response.aread())
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        self._take(json.loads(line[len("data: ") :]), work, asked)
-                        if work.finish_reason is not None:
-                            return
-        except (httpx.TransportError, ValueError) as error:
-            raise ReplicaLostError(f"{self.name} went away: {type(error).__name__}: {error}") from error
-        raise ReplicaLostError(f"{self.name} ended a reply half-way")
+            async with self._streams.post("/inference/v1/generate", self._request(work)) as answer:
+                if answer.status != 200:
+                    raise self._refusal(answer.status, await answer.read())
+                async for line in answer.lines():  # to the end, so that the connection can be used again
+                    if line.startswith(b"data: {"):
+                        self._take(msgspec.json.decode(line[len(b"data: ") :]), work, asked)
+        except EngineError:  # some of which are OSErrors, too
+            raise
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+            if work.finish_reason is None:
+                raise ReplicaLostError(f"{self.name} went away: {type(error).__name__}: {error}") from error
+        if work.finish_reason is None:
+            raise ReplicaLostError(f"{self.name} ended a reply half-way")
 
     def _request(self, work: Sampling) -> dict[str, Any]:
         params, context = work.params, [*work.prompt_ids, *work.token_ids]
@@ -294,6 +300,7 @@ class VllmReplica:
     async def close(self) -> None:
         with contextlib.suppress(httpx.TransportError, RuntimeError):
             await self._http.aclose()
+        await self._streams.close()
 
     async def _get(self, route: str) -> dict[str, Any]:
         return await self._call(lambda: self._http.get(route, timeout=60.0), route)
