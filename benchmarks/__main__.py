@@ -65,6 +65,16 @@ BENCHMARKS = {
             "chain8_fraction <= 0.2 at lr <= 5e-6",
         ),
         Benchmark(
+            "exact_cost",
+            "An optimizer step with exact old logprobs, beside the usual recompute, on rows of one to four versions.",
+            "snapshot's step_time_ratio <= 1.25, fresh_step_time_ratio <= 1.0",
+        ),
+        Benchmark(
+            "separation",
+            "Law F on real rollouts: tokens whose r_d leaves [1/1.2, 1.2] as the lag window grows, by anchor.",
+            "snapshot flat, resident growing, ewma between",
+        ),
+        Benchmark(
             "sandbox_call",
             "One tool call through the worker of a box, beside `docker exec`.",
             "worker_p50_ms <= 3, worker_p99_ms <= 15, ratio >= 20",

@@ -38,8 +38,8 @@ def extra_bytes(holder: Any, model: nn.Module) -> int:
         if isinstance(thing, torch.Tensor):
             found |= _storages([thing])
         elif isinstance(thing, np.ndarray):
-            base = thing if thing.base is None else thing.base
-            found[id(base)] = thing.nbytes
+            base = thing if not isinstance(thing.base, np.ndarray) else thing.base
+            found[id(base)] = base.nbytes
         elif isinstance(thing, types.FunctionType):  # its globals are a module's, not its own
             waiting += [cell.cell_contents for cell in thing.__closure__ or ()]
         else:
