@@ -1,6 +1,6 @@
-"""The routes of sessions. Law: whoever may act opens and ends sessions; a session's own bearer, which is in the hands of
-the policy's agent, sees what that session has used and nothing else (neither its task, whose name may be the answer, nor
-its score), and neither ends it nor says what it earned.
+"""The routes of sessions. Law: whoever may act opens and ends sessions. A session's own bearer, which is in the hands
+of the policy's agent, sees what that session has used and nothing else (neither its task, whose name may be the answer,
+nor its score), and neither ends it nor says what it earned.
 """
 
 from __future__ import annotations
