@@ -100,6 +100,11 @@ BENCHMARKS = {
             "left_after_30s 0",
         ),
         Benchmark(
+            "server_gateway",
+            "vLLM asked directly and through our gateway, 48 requests at once.",
+            "ratio >= 0.95, added_latency_p50_ms <= 3",
+        ),
+        Benchmark(
             "server_sessions",
             "500 sessions at once: outside agents that all ask at the same time.",
             "concurrent 500, errors 0",
