@@ -9,6 +9,7 @@ runs/quickstart/config.toml       the resolved configuration; `agentgym train` t
                 versions/         published weights that something still refers to
                 checkpoints/      what `--resume` continues from
                 model/            the trained model, in the layout that transformers loads
+                adapter/          what was trained of it with LoRA, in the layout that PEFT loads
 """
 
 from __future__ import annotations
