@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentgym.errors import InputError, UnknownNameError
-from agentgym.trajectory import EpisodeStatus, ScoredSequences
-from agentgym_trainer.advantages import ADVANTAGES, compute_advantages, trajectory_advantages
+from agentgym.trajectory import EpisodeStatus, ScoredSequences, TokenSequence
+from agentgym_trainer.advantages import ADVANTAGES, Overlong, compute_advantages, trajectory_advantages
 
 SCORES = [1.0, 0.0, 0.0, 1.0, 0.5, 0.0]
 GROUPS = ["a", "a", "a", "b", "b", "b"]
@@ -121,3 +121,43 @@ def test_rounding_is_no_signal() -> None:
     scores = [0.3, 0.1 + 0.2, 0.3, 0.3]
     values = compute_advantages("group_mean_std", scores, ["a"] * 4, [True] * 4).values
     assert np.abs(values).max() < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------- overlong shaping
+
+
+def episode(score: float, num_tokens: int, *shorter: int) -> ScoredSequences:
+    """An episode whose longest row has so many tokens, of which its policy sampled the last one."""
+
+    def row(length: int) -> TokenSequence:
+        blank = (0,) * (length - 1)
+        mask = (False,) * (length - 1) + (True,)
+        return TokenSequence((*blank, 1), mask, (*map(float, blank), -1.0), (*blank, 0), (*blank, 0))
+
+    rows = tuple(row(length) for length in (num_tokens, *shorter))
+    return ScoredSequences("t", "g", "env", EpisodeStatus.TERMINATED, score, True, {}, rows, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("length", "added"), [(1, 0.0), (800, 0.0), (801, -0.005), (900, -0.5), (1000, -1.0), (1001, -1.0), (9999, -1.0)]
+)
+def test_the_punishment_grows_from_the_buffer_to_the_limit(length: int, added: float) -> None:
+    assert Overlong(limit=1000, buffer=200).of(length) == pytest.approx(added)
+    assert Overlong(limit=1000, buffer=200, penalty=0.3).of(length) == pytest.approx(0.3 * added)
+
+
+def test_the_punishment_is_in_the_score_that_the_baseline_is_made_of() -> None:
+    overlong = Overlong(limit=100, buffer=20)
+    members = [episode(1.0, 80), episode(1.0, 90, 3), episode(0.0, 100), episode(0.0, 5)]
+    shaped = trajectory_advantages("group_mean", members, overlong)
+    np.testing.assert_allclose(shaped.values, np.array([1.0, 0.5, -1.0, 0.0]) - 0.125)
+    assert trajectory_advantages("group_mean", members).values.tolist() == [0.5, 0.5, -0.5, -0.5]
+    assert overlong.figures(members) == {"trajectory/overlong_fraction": 0.5, "trajectory/overlong_mean": -0.375}
+
+
+def test_one_score_at_other_lengths_is_a_gradient() -> None:
+    members = [episode(1.0, 80), episode(1.0, 100)]
+    assert trajectory_advantages("group_mean", members).num_zero_variance_groups == 1
+    shaped = trajectory_advantages("group_mean", members, Overlong(limit=100, buffer=20))
+    assert shaped.num_zero_variance_groups == 0
+    assert shaped.values.tolist() == [0.5, -0.5]

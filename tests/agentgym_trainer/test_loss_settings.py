@@ -133,7 +133,7 @@ def test_a_resolved_configuration_can_be_read_again(name: str) -> None:
         ({"loss": {"clip_low": -0.2}}, r"loss.clip_low: .*greater than 0"),
         ({"loss": {"clip_high": -0.1}}, r"loss.clip_high: .*greater than 0"),
         ({"loss": {"token_mask_c": float("nan")}}, r"loss.token_mask_c"),
-        ({"loss": {"correction": "token_truncate", "token_truncate_max": float("inf")}}, r"token_truncate_max: .*finite"),
+        ({"loss": {"correction": "token_truncate", "token_truncate_max": float("inf")}}, r"truncate_max: .*finite"),
         # scores
         ({"trainer": {"overlong_tokens": 5000}}, r"must be < rollout.max_episode_tokens \(2048\), got 5000"),
         ({"trainer": {"overlong_penalty": 0.5}}, r"0.5 does nothing without trainer.overlong_tokens"),
