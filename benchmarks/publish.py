@@ -1,14 +1,17 @@
 """What a publication costs: SmolLM2-135M on a vLLM server on the CPU, eight requests running, in all modes.
 
 "full" moves every tensor; "sparse" moves two of thirty layers, as a sparse delta or a partly frozen model does, and
-only those are loaded. `bytes`: what the server loaded; `pause_ms`: nothing was sampled for so long; `total_ms`: what
-the trainer waits for: the file read and compared before the pause, and in mode "wait" the running requests. `gb_per_s`:
-bytes over the pause; beside it a plain copy of as many bytes. Medians of three. fp32, one thread.
+only those are loaded; "adapter" is LoRA of rank 16 on all linear layers, on a server that takes adapters. `bytes`: what
+the server loaded; `before_ms`: the file read and compared, an adapter loaded, while the server samples (in mode "wait"
+with the draining of requests); `pause_ms`: nothing was sampled for so long; `total_ms`, both: what the trainer waits
+for, and the swap of an adapter. `gb_per_s`: bytes over the pause; beside it a plain copy of as many bytes. Medians of
+three. fp32, one thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import sys
 import tempfile
@@ -20,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from agentgym import weight_file
 from agentgym.engine.gate import PublishMode, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.engine.vllm_engine import VllmEngine
@@ -28,8 +32,9 @@ from agentgym.policy import SamplingParams
 from benchmarks.machine import ROOT
 
 _MODES: tuple[PublishMode, ...] = ("abort", "wait", "keep")
-_KINDS = ("full", "sparse")
 _RUNNING = 8
+_RANK = 16
+_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def vllm_python() -> Path:
@@ -66,45 +71,78 @@ def _model(quick: bool, scratch: Path) -> Path:
 
 
 async def _run(folder: Path, scratch: Path, repetitions: int) -> dict[str, object]:
-    tensors = load_file(folder / "model.safetensors")
-    engine = await VllmEngine.start(folder, VllmServerOptions(vllm_python(), 512, slots=_RUNNING))
     columns: dict[str, list[object]] = {
-        name: [] for name in ("mode", "kind", "bytes", "pause_ms", "total_ms", "gb_per_s", "target_pause_ms")
+        name: []
+        for name in ("mode", "kind", "bytes", "before_ms", "pause_ms", "total_ms", "gb_per_s", "target_pause_ms")
     }
-    try:
-        policy = VersionedPolicy(engine)
-        await policy.publish(_update(tensors, 1, "full", scratch))  # a server's first load is longer
-        version = 1
-        measured: dict[tuple[PublishMode, str], list[tuple[float, float, int]]] = {}
-        for _ in range(repetitions):
-            for mode in _MODES:
-                for kind in _KINDS:
-                    version += 1
-                    update = _update(tensors, version, kind, scratch)
-                    measured.setdefault((mode, kind), []).append(await _publish(engine, policy, update, mode))
-                    (scratch / f"{version:06d}.safetensors").unlink()
-                    print(f"{mode} {kind}: {measured[mode, kind][-1]}", file=sys.stderr)
-        for (mode, kind), rows in measured.items():
+    for kinds, rank in ((("full", "sparse"), None), (("adapter",), _RANK)):
+        options = VllmServerOptions(vllm_python(), 512, slots=_RUNNING, max_lora_rank=rank)
+        for (mode, kind), rows in (await _measure(folder, scratch, options, kinds, repetitions)).items():
             pause_s, total_s = (statistics.median(row[index] for row in rows) for index in (0, 1))
             size = rows[0][2]
-            figures = (mode, kind, size, 1e3 * pause_s, 1e3 * total_s, size / pause_s / 1e9, 60 + 1e3 * size / 2e9)
+            figures = (
+                mode, kind, size, 1e3 * (total_s - pause_s), 1e3 * pause_s, 1e3 * total_s, size / pause_s / 1e9,
+                60 + 1e3 * size / 2e9,
+            )  # fmt: skip
             for name, value in zip(columns, figures, strict=True):
                 columns[name].append(round(value, 3) if isinstance(value, float) else value)
-    finally:
-        await engine.close()
     largest = max(int(str(size)) for size in columns["bytes"])
     return {**columns, "running": _RUNNING, "memcpy_gb_per_s": round(_memcpy(largest), 2)}
 
 
+async def _measure(
+    folder: Path, scratch: Path, options: VllmServerOptions, kinds: tuple[str, ...], repetitions: int
+) -> dict[tuple[PublishMode, str], list[tuple[float, float, int]]]:
+    """(pause, total, bytes loaded) of every publication, by mode and kind, on a server of their own."""
+    tensors = load_file(folder / "model.safetensors")
+    engine = await VllmEngine.start(folder, options)
+    measured: dict[tuple[PublishMode, str], list[tuple[float, float, int]]] = {}
+    try:
+        policy = VersionedPolicy(engine)
+        await policy.publish(_update(tensors, 1, kinds[0], scratch))  # a server's first load is longer
+        version = 1
+        for _ in range(repetitions):
+            for mode in _MODES:
+                for kind in kinds:
+                    version += 1
+                    update = _update(tensors, version, kind, scratch)
+                    measured.setdefault((mode, kind), []).append(await _publish(engine, policy, update, mode))
+                    print(f"{mode} {kind}: {measured[mode, kind][-1]}", file=sys.stderr)
+                    for old in scratch.glob("*.safetensors"):
+                        if old != update.path:
+                            old.unlink()
+    finally:
+        await engine.close()
+    return measured
+
+
 def _update(tensors: dict[str, torch.Tensor], version: int, kind: str, scratch: Path) -> WeightUpdate:
-    """Moves all tensors, or those of two layers, by as little as a step of training does."""
+    """Moves all tensors, or those of two layers, by as little as a step of training does; or an adapter to them."""
+    path = scratch / f"{version:06d}.safetensors"
+    if kind == "adapter":
+        weights, metadata = _adapter(tensors, version)
+        weight_file.save_file(weights, path, metadata)
+        return WeightUpdate(version, path)
     moved = ("",) if kind == "full" else (".layers.0.", ".layers.1.")
     for name, tensor in tensors.items():
         if any(part in name for part in moved):
             tensor.mul_(1 + 1e-6)
-    path = scratch / f"{version:06d}.safetensors"
     save_file(tensors, path)
     return WeightUpdate(version, path)
+
+
+def _adapter(tensors: dict[str, torch.Tensor], version: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A small random adapter, and what its file says of it."""
+    rng = np.random.default_rng(version)
+    weights: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if module.endswith(_ADAPTED):
+            rows, columns = tensor.shape
+            weights[f"base_model.model.{module}.lora_A.weight"] = rng.normal(0, 0.02, (_RANK, columns)).astype("f4")
+            weights[f"base_model.model.{module}.lora_B.weight"] = rng.normal(0, 0.02, (rows, _RANK)).astype("f4")
+    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 2 * _RANK, "target_modules": list(_ADAPTED)}
+    return weights, {"format": "lora", "adapter_config": json.dumps(config)}
 
 
 async def _publish(

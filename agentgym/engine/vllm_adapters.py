@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -35,7 +36,7 @@ class AdapterShelf:
         """The folder of `published`, which is an adapter. Raises EngineError where there is no room."""
         assert published.adapter_config is not None, "an adapter"
         try:
-            folder = self._folder() / f"{version:08d}"
+            folder = self._folder() / f"{version:08d}-{_digest(published)}"
             if not folder.exists():
                 partial = folder.with_suffix(".partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -51,7 +52,7 @@ class AdapterShelf:
         """Removes every other version."""
         if self._root is not None:
             for folder in self._root.iterdir():
-                if folder.name != _LOCK and int(folder.name.split(".")[0]) not in versions:
+                if folder.name != _LOCK and int(folder.name.split("-")[0]) not in versions:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -81,3 +82,9 @@ class AdapterShelf:
                     shutil.rmtree(root, ignore_errors=True)
                 finally:
                     os.close(lock)
+
+
+def _digest(published: PublishedTensors) -> str:
+    """Tells apart what was published under one number, where the first try failed."""
+    told = f"{published.adapter_config} {sorted(published.checksums.items())}"
+    return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()

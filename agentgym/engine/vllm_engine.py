@@ -50,6 +50,7 @@ class VllmEngine:
         self._update: WeightUpdate | None = None  # what is served; None: the weights of the model's folder
         self._prepared: tuple[WeightUpdate, PublishedTensors] | None = None
         self._probe: tuple[int, Probe] | None = None  # the last one, and its version
+        self._base: PublishedTensors | None = None
         self._pause: PauseMode | None = None
         self._dispatch = Dispatch(self.seats, lost_s)
         self._shelf = AdapterShelf()
@@ -248,6 +249,13 @@ class VllmEngine:
     def probe(self) -> Probe | None:
         """What a replica must agree with before it serves; None where the trainer has sent nothing for this version."""
         return self._probe[1] if self._probe is not None and self._probe[0] == self.policy_version else None
+
+    async def base(self) -> PublishedTensors | None:
+        """The weights in the model's folder, read once; None where they are no single file."""
+        path = self.model_folder / "model.safetensors"
+        if self._base is None and path.is_file():
+            self._base = await asyncio.to_thread(PublishedTensors.read, path.absolute())
+        return self._base
 
     def adapter_folder(self, version: int, published: PublishedTensors) -> Path:
         """Where `published`, an adapter, lies for a server of this machine."""

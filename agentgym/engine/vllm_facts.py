@@ -16,7 +16,8 @@ class ServerFacts:
     """The settings of a server that correctness depends on.
 
     Example: `ServerFacts(model="/models/tiny", dtype="float32", max_context=512, logprobs_mode="processed_logprobs",
-    backend="agentgym_file", async_scheduling=False, splits_prompts=False, on_cpu=True, max_lora_rank=None)`.
+    backend="agentgym_file", async_scheduling=False, splits_prompts=False, on_cpu=True, has_lora=False,
+    max_lora_rank=None)`.
     """
 
     model: str
@@ -27,6 +28,7 @@ class ServerFacts:
     async_scheduling: bool
     splits_prompts: bool  # chunked prefill
     on_cpu: bool
+    has_lora: bool
     max_lora_rank: int | None  # None: adapters cannot be loaded while it runs
 
     @classmethod
@@ -43,6 +45,7 @@ class ServerFacts:
             async_scheduling=bool(scheduler.get("async_scheduling")),
             splits_prompts=bool(scheduler.get("enable_chunked_prefill")),
             on_cpu=(config.get("device_config") or {}).get("device") == "cpu",
+            has_lora=bool(config.get("lora_config")),
             max_lora_rank=int((config.get("lora_config") or {}).get("max_lora_rank", 0)) or None
             if takes_adapters
             else None,

@@ -211,14 +211,38 @@ class VllmReplica:
         return int(number)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """The logprobs of `token_ids[1:]` under the weights now served, by one forward. Not while it is paused."""
+        """The logprobs of `token_ids[1:]` under the weights now served, by one forward. Not while it is paused, nor on
+        a server that takes adapters: 0.32 ends there at such a request, unless it is alone in its batch."""
         sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
-        request = {"token_ids": list(token_ids), "sampling_params": sampling, **self._weights()}
-        answer = await self._post("/inference/v1/generate", request)
+        answer = await self._generate(list(token_ids), sampling)
         rows = answer.get("prompt_logprobs") or []
         if len(rows) != len(token_ids):
             raise EngineError(f"{self.name} scored {len(rows)} of {len(token_ids)} tokens")
         return [row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)]
+
+    async def off_at(self, token_ids: Sequence[int], position: int, wanted: float) -> float:
+        """How far the logprob of the token at `position` is from `wanted`, by a request like any other. At least so
+        far, where the token is not among the likeliest that a server tells."""
+        sampling = {"max_tokens": 1, "temperature": 1.0, "logprobs": _LIKELIEST, "detokenize": False}
+        answer = await self._generate(list(token_ids[:position]), sampling)
+        (content,) = answer["choices"][0]["logprobs"]["content"]
+        told = {entry["token_id"]: float(entry["logprob"]) for entry in content["top_logprobs"]}
+        token = token_ids[position]
+        if token in told:
+            return abs(told[token] - wanted)
+        del told[content["token_id"]]  # the sampled one is told whatever its rank, the others are the likeliest
+        return max(wanted - min(told.values()), 0.0)
+
+    async def _generate(self, token_ids: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+        request = {"token_ids": token_ids, "sampling_params": sampling, **self._weights()}
+        try:
+            return await self._post("/inference/v1/generate", request)
+        except ReplicaLostError:
+            raise
+        except EngineError as error:
+            if not await self.answers():
+                raise ReplicaLostError(str(error)) from error
+            raise
 
     # -------------------------------------------------------------------------------------------------- weights
 
@@ -322,6 +346,7 @@ class VllmReplica:
 
 
 _CONTROL_S = 300.0
+_LIKELIEST = 20  # vLLM's limit, unless it is started with another
 _ROUTES = ("/inference/v1/generate", "/pause", "/resume", "/update_weights", "/weight_info", "/server_info")
 
 

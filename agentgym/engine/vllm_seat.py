@@ -24,6 +24,7 @@ from agentgym.errors import AgentGymError, EngineDiedError, EngineError, InputEr
 SeatState = Literal["starting", "serving", "lost"]
 
 _PROBE_S = 0.25
+_SCORED_ONE_BY_ONE = 16  # positions of a probe
 _LOOK_S = 10.0  # between looks at a replica that serves
 _BACKOFF_S = (0.0, 1.0, 5.0, 30.0, 60.0)  # before the 1st, 2nd, ... attempt in a row to fill the seat
 _log = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class Served(Protocol):
         """What a replica must agree with before it serves that version."""
         ...
 
+    async def base(self) -> PublishedTensors | None:
+        """The weights in the model's folder; None where they are no single file."""
+        ...
+
     def adapter_folder(self, version: int, published: PublishedTensors) -> Path:
         """Where an adapter lies for a server."""
         ...
@@ -74,6 +79,15 @@ class Served(Protocol):
     def seat_changed(self, seat: Seat) -> None:
         """The seat has come to serve, or is lost."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """What a server can load at once: `names` of `model`, and `published` itself where it is an adapter."""
+
+    published: PublishedTensors
+    model: PublishedTensors | None
+    names: Mapping[str, str]
 
 
 class Seat:
@@ -91,8 +105,9 @@ class Seat:
         self._url = url
         self._restarts = 0
         self._loaded: Mapping[str, str] | None = None  # checksums of the model it holds; None: not known
-        self._adapters: set[int] = set()  # versions that it has loaded
-        self._staged: tuple[PublishedTensors, Mapping[str, str]] | None = None
+        self._has_lora = False  # what its server is started with
+        self._adapters: dict[int, Path] = {}  # by version: those that it has loaded
+        self._staged: _Staged | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -113,10 +128,12 @@ class Seat:
             self.name, backend=BACKEND, dtype=engine.dtype, max_context=engine.max_context,
             max_lora_rank=engine.max_lora_rank,
         )  # fmt: skip
+        self._has_lora = facts.has_lora
         current = -1
         if self._options is not None:  # it has loaded the model's folder itself
             await replica.begin(0)
-            self._loaded, current = await asyncio.to_thread(_folder_checksums, engine.model_folder), 0
+            base = await engine.base()
+            self._loaded, current = base.checksums if base is not None else None, 0
         while current != engine.serves()[0] or not engine.going.is_set():
             if not engine.going.is_set():
                 await engine.going.wait()
@@ -143,15 +160,14 @@ class Seat:
 
     async def _bring(self, replica: VllmReplica, version: int, path: Path | None, model: str) -> None:
         """Loads what the engine serves into a server that serves nobody yet."""
-        folder = self._engine.model_folder
-        if path is None:
-            path = folder / "model.safetensors"
-            if not path.is_file():  # in shards, which are not published files: it must have loaded them itself
-                if Path(model).resolve() != folder.resolve():
-                    raise InputError(f"{self.name} serves {model}, and this run {folder}; start it with that model")
-                await replica.begin(version)
-                return
-        published = await asyncio.to_thread(PublishedTensors.read, path.absolute())
+        folder, base = self._engine.model_folder, await self._engine.base()
+        if base is None and self._options is None and Path(model).resolve() != folder.resolve():
+            raise InputError(f"{self.name} serves {model}, and this run {folder}; start it with that model")
+        if path is None and base is None:  # in several files, which are not published ones: it has loaded them itself
+            await replica.begin(version)
+            return
+        published = base if path is None else await asyncio.to_thread(PublishedTensors.read, path.absolute())
+        assert published is not None
         await self.stage(version, published)
         await replica.pause("abort")
         await self.load(version, published)
@@ -166,35 +182,58 @@ class Seat:
         if published.adapter_config is None:
             names = published.changed(self._loaded)
             await self.replica.stage(published, names)
+            self._staged = _Staged(published, published, names)
         else:
-            names = {}
-            for named in self._adapters - self._engine.named():
-                await self.replica.forget_adapter(named)
-                self._adapters.discard(named)
-            await self.replica.stage_adapter(version, self._engine.adapter_folder(version, published))
-            self._adapters.add(version)
-        self._staged = published, names
+            self._staged = await self._stage_adapter(self.replica, version, published)
+
+    async def _stage_adapter(self, replica: VllmReplica, version: int, published: PublishedTensors) -> _Staged:
+        base = await self._engine.base()
+        if base is None and self._loaded is not None:
+            raise EngineError(
+                f"version {version} is an adapter to the model in {self._engine.model_folder}, and {self.name} has "
+                "other weights by now, which it cannot replace by those of several files; start the service again"
+            )
+        folder, named = self._engine.adapter_folder(version, published), self._engine.named()
+        for loaded in list(self._adapters):
+            if loaded not in named and self._adapters[loaded] != folder:
+                del self._adapters[loaded]
+                await replica.forget_adapter(loaded)
+        if version not in self._adapters:
+            await replica.stage_adapter(version, folder)
+            self._adapters[version] = folder
+        names = base.changed(self._loaded) if base is not None else {}
+        if base is not None and names:  # a whole model was published since
+            await replica.stage(base, names)
+        return _Staged(published, base, names)
 
     async def load(self, version: int, published: PublishedTensors) -> int:
         """Serves `published` as `version`; only while paused. Returns how many bytes the server had to load."""
         assert self.replica is not None
-        if self._staged is None or self._staged[0] is not published:  # it came to serve after the others had staged
+        if self._staged is None or self._staged.published is not published:  # it came to serve after the others' stage
             await self.stage(version, published)
         assert self._staged is not None
-        names, self._staged = self._staged[1], None
+        staged, self._staged = self._staged, None
+        loaded = 0
+        if staged.model is not None and (staged.names or published.adapter_config is None):
+            self._loaded = None
+            await self.replica.load(version, staged.names)
+            self._loaded = staged.model.checksums
+            loaded = sum(staged.model.sizes[name] for name in staged.names)
         if published.adapter_config is not None:
             await self.replica.load_adapter(version)
-            return sum(published.sizes.values())
-        self._loaded = None
-        await self.replica.load(version, names)
-        self._loaded = published.checksums
-        return sum(published.sizes[name] for name in names)
+            loaded += sum(published.sizes.values())
+        return loaded
 
     async def off(self, probe: Probe) -> float:
         """The largest difference between the server's logprobs and the trainer's. Not while it is paused."""
         assert self.replica is not None
-        scored = await self.replica.score(probe.token_ids)
-        return float(np.abs(np.subtract(scored, probe.logprobs)).max())  # nan, where there is one
+        if not self._has_lora:
+            scored = await self.replica.score(probe.token_ids)
+            return float(np.abs(np.subtract(scored, probe.logprobs)).max())  # nan, where there is one
+        last = len(probe.token_ids) - 1
+        positions = np.unique(np.linspace(1, last, min(last, _SCORED_ONE_BY_ONE)).astype(int)).tolist()
+        asked = (self.replica.off_at(probe.token_ids, at, probe.logprobs[at - 1]) for at in positions)
+        return float(np.max(await asyncio.gather(*asked)))
 
     async def _check_probe(self) -> None:
         """Raises EngineError where the server has the weights and computes something else."""
@@ -262,8 +301,8 @@ class Seat:
                 return
 
     async def _empty(self) -> None:
-        self._adapters.clear()
         replica, self.replica = self.replica, None
+        self._adapters.clear()
         server, self.server = self.server, None
         if replica is not None:
             await replica.close()
@@ -282,11 +321,3 @@ class Seat:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _folder_checksums(folder: Path) -> Mapping[str, str] | None:
-    """Of what a server has loaded from the model's folder, where that is one file."""
-    try:
-        return PublishedTensors.read(folder / "model.safetensors").checksums
-    except EngineError:
-        return None
