@@ -1,4 +1,4 @@
-"""The alarm: what it looks at, when it speaks, what it stops; and in a real learner, before the first optimizer step."""
+"""The alarm: what it looks at, when it speaks, what it stops; in a real learner, before the first optimizer step."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def config_of(tmp_path: Path, **trainer: object) -> TrainConfig:
             "run": {"dir": tmp_path},
             "rollout": {"groups_per_step": 2},
             "trainer": {"learning_rate": 0.05, "steps": 4, "advantages": "batch_mean", **trainer},
-        }  # fmt: skip
+        }
     )
 
 
@@ -192,7 +192,7 @@ def test_a_run_is_stopped_before_its_first_optimizer_step(make_model, played, tm
     config = config_of(tmp_path, on_discrepancy="stop")
     learner = Learner(make_accelerator(config), model, config, log)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(TrainingError, match="likely cause: bf16_weights .*on_discrepancy = 'warn' goes on"):
+    with pytest.raises(TrainingError, match=r"likely cause: bf16_weights .*on_discrepancy = 'warn' goes on"):
         learner.learn(trajectories_of(rows), 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

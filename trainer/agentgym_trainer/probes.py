@@ -29,7 +29,7 @@ from agentgym_trainer.publish import as_published
 MAX_TOKENS = 2048  # compared
 MAX_ROWS = 48  # a fault is in many rows or is no cause; each costs a dozen forwards
 MAX_LOGITS = 2**24  # tokens times vocabulary that are held at once: 64 MB
-_BLOCKS = (1, 16, 128)  # a prefix cache holds whole blocks of so many tokens (vLLM: 16, and 128 on a CPU)
+_BLOCKS = (1, 16, 32, 128)  # a prefix cache holds whole blocks of so many tokens (vLLM: 16, on a CPU 32 or 128)
 
 
 @dataclass(frozen=True, slots=True)

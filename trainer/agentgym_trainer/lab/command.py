@@ -96,7 +96,7 @@ def mismatch(
     from agentgym_trainer.lab.mismatch import Questions
     from agentgym_trainer.lab.mismatch_command import Setup, compare, show
 
-    questions = Questions(_heats(temperatures), prompts, tokens, context, seed, score_at, publish_mode != "none")
+    questions = Questions(_heats(temperatures), prompts, tokens, context, seed, score_at)
     setup = Setup(
         model=model, env=env, engine=engine, engine_model=engine_model, vllm_url=vllm_url, vllm_python=vllm_python,
         previous=tuple(previous or ()), dtype=dtype, publish_mode=publish_mode, floor=floor,

@@ -46,7 +46,6 @@ class Questions:
     context: int = 1024  # tokens of a prompt and its replies
     seed: int = 0
     score_at: float | None = None  # the trainer's temperature; None: the one that is asked of the engine
-    publishes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +106,13 @@ class Result:
 
 def run_mismatch(
     engine: LabEngine, folder: Path, questions: Questions, floor: float, previous: Sequence[Path] = (),
-    report: Callable[[str], None] = print,
+    publishes: bool = True, report: Callable[[str], None] = print,
 ) -> Result:  # fmt: skip
-    """Compares `engine` with the model in `folder`; `previous` are models that the engine may still have."""
+    """Compares `engine` with the model in `folder`; `previous` are models that the engine may still have. Weights are
+    published (`publishes`) only to an engine that was started for this."""
     lab = _Lab(engine, folder, questions, floor, previous)
-    phases = []
-    for phase in lab.phases(report):
-        phases.append(phase)
-    return Result(engine.name, str(folder), floor, tuple(phases), lab.template(), lab.retokenised())
+    phases = tuple(lab.phases(publishes, report))
+    return Result(engine.name, str(folder), floor, phases, lab.template(), lab.retokenised())
 
 
 class _Lab:
@@ -150,7 +148,7 @@ class _Lab:
 
     # ------------------------------------------------------------------------------------------------------ phases
 
-    def phases(self, report: Callable[[str], None]) -> Iterator[Phase]:
+    def phases(self, publishes: bool, report: Callable[[str], None]) -> Iterator[Phase]:
         older = tuple(sorted((version for version in self._weights if version < 0), reverse=True))
         if self._episodes:
             yield self._phase("episodes of the environment", self._episodes, 0, 1.0, older)
@@ -161,7 +159,7 @@ class _Lab:
             yield self._phase(f"temperature {temperature:g}", rows, 0, temperature, older)
         report("sampling from prompts that the engine has seen")
         yield self._phase("prompts seen before", self._sample(1.0), 0, 1.0, older)
-        if not (self._questions.publishes and isinstance(self._engine, ServedEngine)):
+        if not (publishes and isinstance(self._engine, ServedEngine)):
             return
         report("publishing other weights while it samples")
         changed = perturbed(self._weights[0], self._questions.seed)

@@ -53,7 +53,7 @@ def compare(setup: Setup, questions: Questions) -> Result:
     previous = [resolve_model(str(path), setup.env, 0) for path in setup.previous]
     floor = setup.floor or FLOORS[setup.dtype]
     with _engine(setup, folder, questions) as engine:
-        return run_mismatch(engine, folder, questions, floor, previous, _say)
+        return run_mismatch(engine, folder, questions, floor, previous, setup.publish_mode != "none", _say)
 
 
 def show(result: Result, *, as_json: bool, out: Path | None, check: bool) -> None:

@@ -9,9 +9,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from agentgym_trainer.lab.mismatch import Phase, Result, TemplateCheck
+from agentgym_trainer.lab.mismatch import Line, Phase, Result, TemplateCheck
 
-_BESIDE = 3  # predictions of a phase that are shown: the best of each cause, the nearest first
+_NEAREST = 3  # predictions shown beside those that are always, where there is something to explain
 
 
 def verdict(result: Result) -> str:
@@ -44,17 +44,18 @@ def render(result: Result, console: Console) -> None:
     console.print(Group(table, Text(_tokens(result)), Text(verdict(result), style="bold")))
 
 
-def shown(phase: Phase) -> list[Any]:
+def shown(phase: Phase) -> list[Line]:
     """The lines of a phase that a table has room for: all but the predictions that come not near."""
-    best: dict[str, Any] = {}
+    best: dict[str, Line] = {}
     for line in phase.lines[1:]:
         cause = line.forward.partition(":")[0]
         if cause not in best or line.mismatch.mean_abs < best[cause].mismatch.mean_abs:
             best[cause] = line
-    kept = {id(line) for line in sorted(best.values(), key=lambda line: line.mismatch.mean_abs)[:_BESIDE]}
-    if phase.diagnosis.cause is None:  # a temperature that was fitted comes near to a record that is right
-        kept -= {id(line) for line in phase.lines if line.forward.startswith("temperature")}
-    kept |= {id(line) for line in phase.lines[1:] if line.forward.startswith(("raw: at", "tokens that", "bf16_head"))}
+    always = ("raw: at", "tokens that", "bf16_", "stale_kv")
+    kept = {id(line) for line in best.values() if line.forward.startswith(always)}
+    if phase.diagnosis.cause is not None:
+        nearest = sorted(best.values(), key=lambda line: line.mismatch.mean_abs)
+        kept |= {id(line) for line in nearest[:_NEAREST]}
     return [phase.lines[0], *(line for line in phase.lines[1:] if id(line) in kept)]
 
 
