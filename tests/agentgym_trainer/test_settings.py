@@ -31,6 +31,22 @@ def test_bundled_configurations_are_valid(path):
         ({"lossy": {}}, r"unknown key 'lossy'; did you mean 'loss'"),
         ({"loss": {"token_mask_c": 0.5}}, r"loss.token_mask_c: .*greater than 1.* got 0.5"),
         ({"trainer": {"updates_per_batch": 99}}, r"updates_per_batch \(99\) must be <= rollout.groups_per_step"),
+        (
+            {"trainer": {"anchor": "interrupt", "updates_per_batch": 2}},
+            r"'interrupt' .* one optimizer step per publication, trainer.updates_per_batch = 1, got 2",
+        ),
+        (
+            {"trainer": {"anchor": "interrupt"}, "engine": {"publish_mode": "keep"}},
+            r"engine.publish_mode must be 'abort', got 'keep'",
+        ),
+        (
+            {"trainer": {"anchor": "snapshot", "anchor_fallback": "ewma"}},
+            r"anchor_fallback does nothing with trainer.anchor = 'snapshot': .*'auto' or 'old_logit_model' or 'interrupt'",
+        ),
+        ({"trainer": {"anchor": "auto", "anchor_fallback": "snapshot"}}, r"trainer.anchor_fallback"),
+        ({"trainer": {"old_logit_device": "cpu"}}, r"old_logit_device does nothing with trainer.anchor = 'auto'"),
+        ({"trainer": {"old_logit_queue_tokens": 9}}, r"old_logit_queue_tokens does nothing"),
+        ({"trainer": {"interrupt_limit_s": 9.0}}, r"interrupt_limit_s does nothing .* choose 'interrupt'"),
         ({"run": {"name": "../x"}}, r"run.name"),
     ],
 )
@@ -70,3 +86,10 @@ def test_without_an_environment_nothing_is_evaluated() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.episodes must be 0 without env\.id"):
         parse_config(TrainConfig, values)
     assert parse_config(TrainConfig, values | {"evaluation": {"episodes": 0}}).env.id == "outside"
+
+
+def test_a_device_that_is_not_here_is_refused_before_any_work():
+    config = parse(trainer={"anchor": "old_logit_model", "old_logit_device": "tpu9"})
+    with pytest.raises(UnavailableError, match=r"trainer.old_logit_device 'tpu9' is no device of this machine"):
+        preflight.check(config)
+    preflight.check(parse(trainer={"anchor": "old_logit_model", "old_logit_device": "cpu"}))
