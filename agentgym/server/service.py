@@ -218,9 +218,7 @@ class RolloutService:
             raise InputError(f"there are no weights at {path}")
         report = await self.collector.publish(WeightUpdate(version, file), probe)
         live = self.collector.live_versions()
-        return PublishReport(
-            report.version, report.pause_s, report.total_s, live, report.ended_pause, report.probe_off
-        )
+        return PublishReport(report.version, report.pause_s, report.total_s, live, report.ended_pause, report.probe_off)
 
     def _check_probe(self, probe: Probe) -> None:
         count = len(probe.token_ids)
@@ -345,9 +343,7 @@ class _EvaluationRun:
         )
 
 
-def _environment_pool(
-    record: registry.EnvRecord, config: ServiceConfig, boxes: SandboxPool | None
-) -> EnvironmentPool:
+def _environment_pool(record: registry.EnvRecord, config: ServiceConfig, boxes: SandboxPool | None) -> EnvironmentPool:
     kwargs = dict(config.env.kwargs)
     if boxes is not None:
         kwargs["sandbox"] = boxes
