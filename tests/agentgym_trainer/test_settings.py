@@ -41,7 +41,7 @@ def test_bundled_configurations_are_valid(path):
         ),
         (
             {"trainer": {"anchor": "snapshot", "anchor_fallback": "ewma"}},
-            r"anchor_fallback does nothing with trainer.anchor = 'snapshot': .*'auto' or 'old_logit_model' or 'interrupt'",
+            r"anchor_fallback does nothing with trainer.anchor = 'snapshot': .*'auto' or 'old_logit_model' or 'inter",
         ),
         ({"trainer": {"anchor": "auto", "anchor_fallback": "snapshot"}}, r"trainer.anchor_fallback"),
         ({"trainer": {"old_logit_device": "cpu"}}, r"old_logit_device does nothing with trainer.anchor = 'auto'"),

@@ -15,7 +15,9 @@ from agentgym.server.settings import OUTSIDE, ServiceConfig
 from agentgym_trainer.loss_settings import ON_TOTAL_RATIO, LossSection
 
 FallbackName = Literal["ewma", "linear", "loglinear", "resident", "behavior"]
-AnchorName = Literal["auto", "snapshot", "old_logit_model", "interrupt"] | FallbackName
+AnchorName = Literal[
+    "auto", "snapshot", "old_logit_model", "interrupt", "ewma", "linear", "loglinear", "resident", "behavior"
+]
 AdvantageName = Literal["group_mean", "group_mean_std", "leave_one_out", "batch_mean"]
 
 
