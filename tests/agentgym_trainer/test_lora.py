@@ -16,9 +16,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from agentgym.config import parse_config
-from agentgym.errors import CheckpointError, ConfigError, UnavailableError, VersionError
+from agentgym.errors import CheckpointError, VersionError
 from agentgym.versions import VersionLog, VersionReader
-from agentgym_trainer import preflight
 from agentgym_trainer.batch import MicroBatch, build_micro_batches
 from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from agentgym_trainer.learner import Learner, load_model, make_accelerator
@@ -81,9 +80,10 @@ def test_the_learner_steps_the_adapter_and_nothing_else() -> None:
     config = config_of(anchor="behavior", weight_decay=0.1)
     learner = Learner(make_accelerator(config), adapted(small_model()), config, None)
     before, state = base_of(learner.module), {n: t.clone() for n, t in adapter_state(learner.module).items()}
+    assert sum(len(group["params"]) for group in learner._optimizer.param_groups) == len(state)
     learner.learn(ragged_trajectories(), VERSION)
     for name, value in base_of(learner.module).items():
-        assert torch.equal(value, before[name]), name  # weight decay would reach a base that the optimizer knows
+        assert torch.equal(value, before[name]), name
     assert all(not torch.equal(value, state[name]) for name, value in adapter_state(learner.module).items())
     assert published_weights(learner.module).keys() == state.keys()
 
@@ -350,70 +350,12 @@ def test_a_disk_that_refuses_leaves_the_model_before(
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "model"]
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"rank": 0}, r"trainer\.lora\.rank: .*greater than or equal to 1, got 0"),
-        ({}, r"trainer\.lora\.rank is required"),
-        ({"rank": 4, "alpha": 0}, r"trainer\.lora\.alpha: .*got 0"),
-        ({"rank": 4, "dropout": 0.1}, r"trainer\.lora\.dropout: must be 0, got 0.1: old logprobs"),
-        ({"rank": 4, "target_modules": []}, r"trainer\.lora\.target_modules"),
-        ({"rank": 4, "targets": "x"}, r"unknown key 'trainer\.lora\.targets'; did you mean 'trainer\.lora\."),
-    ],
-)
-def test_bad_sections_name_path_value_and_mend(section: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config_of(lora=section)
-
-
-def test_an_engine_that_would_round_the_adapter_is_refused() -> None:
-    sections = {"env": {"id": "maze"}, "engine": {"dtype": "bfloat16"}}
-    with pytest.raises(ConfigError, match=r"trainer\.publish_dtype must be 'bfloat16' with trainer\.lora"):
-        parse_config(TrainConfig, {**sections, "trainer": {"lora": LORA}})
-    parse_config(TrainConfig, {**sections, "trainer": {"lora": LORA, "publish_dtype": "bfloat16"}})
-
-
-def test_servers_are_started_for_the_rank_that_is_published() -> None:
-    sections = {"env": {"id": "maze"}, "trainer": {"lora": LORA}}
-    assert parse_config(TrainConfig, {**sections, "engine": {"kind": "vllm"}}).service().engine.max_lora_rank == 2
-    assert parse_config(TrainConfig, sections).service().engine.max_lora_rank is None
-    with pytest.raises(ConfigError, match=r"engine\.max_lora_rank \(1\) must be >= trainer\.lora\.rank \(2\)"):
-        parse_config(TrainConfig, {**sections, "engine": {"kind": "vllm", "max_lora_rank": 1}})
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (["q_proj", "query"], r"names 'query', which the model has not; its linear layers are down_proj, gate_proj"),
-        (["lm_head"], r"names the output layer 'lm_head', .* other linear layers are down_proj, gate_proj, k_proj"),
-    ],
-)
-def test_unknown_targets_are_refused_with_those_that_exist(
-    make_model: MakeModel, tmp_path: Path, targets: list[str], message: str
-) -> None:
-    make_model().save_pretrained(tmp_path)
-    section = LoraSection(rank=2, target_modules=targets)
-    with pytest.raises(ConfigError, match=message):
-        require_targets(tmp_path, section)
-    with pytest.raises(ConfigError, match=message):
-        adapt(make_model(), section, base_dtype="float32", compute_dtype="float32")
-
-
 def test_named_targets_are_all_that_is_adapted(make_model: MakeModel, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     require_targets(tmp_path, LoraSection(rank=2, target_modules=("q_proj", "layers.1.mlp.up_proj")))
     wrapped = adapted(make_model(), target_modules=("q_proj", "layers.1.mlp.up_proj"))
     modules = {name.partition(".lora_")[0].removeprefix("base_model.model.model.") for name in adapter_state(wrapped)}
     assert modules == {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"}
-
-
-def test_a_missing_peft_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnavailableError, match=r"trainer\.lora needs the package peft: pip install"):
-        preflight.check(config_of())
 
 
 def test_the_names_are_pefts(make_model: MakeModel) -> None:
