@@ -1,0 +1,117 @@
+"""A grid of runs: which cells, what is remembered, and a lab that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agentgym.errors import ConfigError, InputError
+from agentgym_trainer.lab.cell import Cell, Conditions
+from agentgym_trainer.lab.grid import Forecast, Grid, LabFolder, run_cells
+from agentgym_trainer.lab.staleness import LabOptions, check_options, lab_config
+
+GRID = Grid((0, 4), ("snapshot", "behavior"), ("none", "token_mask"), (1, 4), (0, 1))
+
+
+def test_seeds_are_outermost_and_behavior_has_nothing_to_correct() -> None:
+    cells = GRID.cells()
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 3
+    assert [cell.seed for cell in cells] == [0] * 12 + [1] * 12
+    assert {cell.correction for cell in cells if cell.anchor == "behavior"} == {"none"}
+    assert {cell.correction for cell in cells if cell.anchor == "snapshot"} == {"none", "token_mask"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"lags": ()}, {"lags": (-1,)}, {"updates": (0,)}, {"seeds": (1, 1)}, {"anchors": ("ewma", "ewma")}]
+)
+def test_a_grid_without_sense_is_refused(change) -> None:
+    values = {"lags": (0,), "anchors": ("ewma",), "corrections": ("none",), "updates": (1,), "seeds": (0,)}
+    with pytest.raises(ConfigError, match=r"grid needs one|lags and seeds must be >= 0"):
+        Grid(**(values | change))
+
+
+def test_a_cell_that_the_configuration_refuses_is_named_before_anything_runs(small_config, tmp_path) -> None:
+    folder = LabFolder(tmp_path, small_config, Conditions())
+    cells = [Cell(0, "snapshot", "token_mask", 1, 0), Cell(0, "nobody", "token_mask", 1, 0)]
+    with pytest.raises(ConfigError, match="lag0-nobody-token_mask-updates1-seed0 makes no sense"):
+        run_cells(folder, cells, 1, lambda finished: None)
+    assert not list((tmp_path / "cells").iterdir())
+
+
+def test_a_folder_never_mixes_configurations(small_lab, small_config, tmp_path) -> None:
+    LabFolder(tmp_path, small_config, Conditions())
+    LabFolder(tmp_path, lab_config([*small_lab, "run.seed=5", "trainer.anchor=ewma"]), Conditions())  # a cell's own
+    with pytest.raises(InputError, match=r"trainer.steps is 4 there and 5 here"):
+        LabFolder(tmp_path, lab_config([*small_lab, "trainer.steps=5"]), Conditions())
+    with pytest.raises(InputError, match=r"conditions.mismatch is 'bf16' there and 'none' here"):
+        LabFolder(tmp_path, small_config, Conditions("none"))
+
+
+def test_a_forecast_is_what_runs_here_took() -> None:
+    forecast = Forecast(jobs=2)
+    assert forecast.left_s(9) is None
+    forecast.add(30.0)
+    forecast.add(50.0)
+    assert forecast.left_s(9) == 180.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid", "mismatch", "said"),
+    [
+        ([], {}, "loud", "an injected mismatch is one of"),
+        (["trainer.publish_dtype=bfloat16"], {}, "bf16", "mismatch bf16 does nothing"),
+        ([], {"lags": (0, 4)}, "bf16", "never trains on what it has learned"),
+        ([], {"anchors": ("interrupt",)}, "bf16", "the lab has none"),
+        (["evaluation.episodes=0"], {}, "bf16", "evaluation.episodes must be >= 1"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(small_lab, tmp_path, settings, grid, mismatch, said) -> None:
+    values = {"lags": (0,), "anchors": ("ewma",), "corrections": ("none",), "updates": (1,), "seeds": (0,)}
+    options = LabOptions(Grid(**(values | grid)), Conditions(mismatch), tmp_path, 1, "", tmp_path / "none.json")
+    with pytest.raises(ConfigError, match=said):
+        check_options(lab_config([*small_lab, *settings]), options)
+
+
+def start(small_lab: list[str], out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "agentgym.cli", "lab", "staleness", *small_lab, "--out", str(out)]
+    command += ["--lags", "0,2", "--anchors", "snapshot,resident", "--seeds", "0", "--windows", "0,1", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_lab_leaves_nobody_computing_and_goes_on_where_it_was(small_lab, tmp_path) -> None:
+    cells = tmp_path / "cells"
+    first = start(small_lab, tmp_path)
+    deadline = time.monotonic() + 200
+    while not (cells.is_dir() and list(cells.glob("*.json"))):
+        assert first.poll() is None, first.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    before = {path.name: path.read_text() for path in cells.glob("*.json")}
+    assert 1 <= len(before) < 4
+
+    second = start(small_lab, tmp_path)
+    page, said = second.communicate(timeout=280)
+    assert second.returncode == 0, said[-3000:]
+    assert page.strip() == str(tmp_path / "report.html")
+    after = {path.name: path.read_text() for path in cells.glob("*.json")}
+    assert len(after) == 4
+    assert {name: after[name] for name in before} == before  # not run again
+    assert said.count("(from before)") == len(before)
+    assert "min left" in said
+    assert "window 1" not in said  # law F was remembered, too
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["num_runs"] == 4
+    assert report["command"].startswith("agentgym lab staleness")
