@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from agentgym.rollout.store import read_trajectories, step_file
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.toml"
 AGENT = ROOT / "docs" / "examples" / "outside_agent.py"
+MAZE_SESSIONS = ROOT / "configs" / "maze_sessions.toml"
+MAZE_AGENT = ROOT / "docs" / "examples" / "maze_agent.py"
 
 
 def free_port() -> int:
@@ -19,22 +23,38 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_a_run_trains_on_sessions_alone(tmp_path):
+def train(tmp_path, config, script, *arguments):
+    """Runs `agentgym train` and, beside it, an agent from outside, until both have ended well."""
     port = free_port()
-    arguments = [
-        "env.id=guess_number", "rollout.source=sessions", f"server.port={port}", f"run.dir={tmp_path}",
-        "trainer.steps=3", "rollout.groups_per_step=4", "evaluation.episodes=0",
-    ]  # fmt: skip
     with (tmp_path / "agent.log").open("w") as log:
-        agent = subprocess.Popen([sys.executable, AGENT, f"http://127.0.0.1:{port}"], stdout=log, stderr=log)
+        agent = subprocess.Popen([sys.executable, script, f"http://127.0.0.1:{port}"], stdout=log, stderr=log)
         try:
-            command = [sys.executable, "-m", "agentgym.cli", "train", str(QUICKSTART), *arguments]
+            command = [sys.executable, "-m", "agentgym.cli", "train", str(config), f"server.port={port}"]
+            command += [f"run.dir={tmp_path}", "evaluation.episodes=0", *arguments]
             done = subprocess.run(command, capture_output=True, text=True, timeout=280)
             assert done.returncode == 0, done.stderr[-4000:]
             assert agent.wait(30) == 0, (tmp_path / "agent.log").read_text()
         finally:
             agent.kill()
             agent.wait()
+
+
+@pytest.mark.slow
+def test_an_environment_in_the_agent_s_own_process(tmp_path):
+    train(tmp_path, MAZE_SESSIONS, MAZE_AGENT, "trainer.steps=2", "rollout.groups_per_step=4")
+    games = [game for step in (1, 2) for game in read_trajectories(step_file(tmp_path / "maze_sessions", step))]
+    assert len(games) == 2 * 4 * 8
+    assert {game.env_id for game in games} == {"outside"}
+    assert {game.status.value for game in games} <= {"terminated", "truncated"}
+    rewards = [game.score.value for game in games if game.score]
+    assert 0.0 < sum(rewards) / len(rewards) < 1.0  # the tiny model solves some
+
+
+def test_a_run_trains_on_sessions_alone(tmp_path):
+    train(
+        tmp_path, QUICKSTART, AGENT, "env.id=guess_number", "rollout.source=sessions", "trainer.steps=3",
+        "rollout.groups_per_step=4",
+    )  # fmt: skip
     folder = tmp_path / "quickstart"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["policy_version"] for row in rows] == [1, 2, 3]
