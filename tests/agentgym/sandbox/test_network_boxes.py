@@ -24,7 +24,8 @@ from agentgym.testing.sandbox_conformance.network import HostServer
 TIERS = [
     pytest.param("namespace", marks=pytest.mark.bubblewrap),
     pytest.param("docker", marks=pytest.mark.docker),
-    pytest.param("gvisor", marks=pytest.mark.docker),
+    # the conformance suite shows the way out there; this is the same once more
+    pytest.param("gvisor", marks=[pytest.mark.docker, pytest.mark.slow]),
 ]
 WAIT_S = 20.0
 # as a program would, with the variables of its environment; only that this world is on a loopback
