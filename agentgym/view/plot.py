@@ -1,5 +1,5 @@
-"""The reward plot of a run, from its metrics file. Law: it draws what the file holds and nothing else, without a
-display."""
+"""The plots of a run, from its metrics file: its reward, and its diagnostics by lag. Law: it draws what the file holds
+and nothing else, without a display."""
 
 from __future__ import annotations
 
@@ -72,6 +72,68 @@ def plot_rewards(
     axes.set(xlabel="step", ylabel="mean reward", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
+    _write(figure, out)
+
+
+DIAGNOSTICS = (  # name between its group and the bucket, what it is, on a logarithmic axis
+    ("discrepancy", "k3", "k3 of the discrepancy ratio", True),
+    ("staleness", "k3", "k3 of the staleness ratio", True),
+    ("total", "ess_fraction", "ESS of the total ratio, of the tokens", False),
+    ("policy", "active_fraction", "active tokens", False),
+)
+
+
+def plot_diagnostics(metrics_path: Path, out: Path, *, title: str = "diagnostics") -> bool:
+    """Draws k3, ESS and active fraction of every step of `metrics_path` to `out` (PNG), a line for each lag bucket
+    that held tokens; False, and nothing written, if none did. Written whole or not at all.
+
+    Raises InputError for a file that cannot be read, CheckpointError if `out` cannot be written.
+    """
+    rows = read_metrics(metrics_path)
+    lines = {(group, name): lag_lines(rows, group, name) for group, name, _, _ in DIAGNOSTICS}
+    buckets = sorted({bucket for found in lines.values() for bucket in found}, key=_lag_of)
+    if not buckets:
+        return False
+
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = dict(zip(buckets, colormaps["viridis"]([index / max(len(buckets), 2) for index in range(len(buckets))])))
+    for place, (group, name, label, logarithmic) in zip(figure.subplots(2, 2).flat, DIAGNOSTICS):
+        for bucket, points in lines[group, name].items():
+            points = [(step, max(value, 1e-16) if logarithmic else value) for step, value in points]
+            place.plot(*zip(*points), color=colours[bucket], linewidth=1.2, marker=".", markersize=3, label=bucket)
+        place.set(xlabel="step", title=label)
+        if logarithmic:
+            place.set_yscale("log")
+        place.grid(alpha=0.3)
+    figure.axes[0].legend(loc="best", fontsize="small")
+    figure.suptitle(title)
+    _write(figure, out)
+    return True
+
+
+def lag_lines(rows: Sequence[dict[str, Any]], group: str, name: str) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) of `group/BUCKET/name` by lag bucket, for the steps at which the bucket held tokens."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            parts = key.split("/")
+            wanted = len(parts) == 3 and (parts[0], parts[2]) == (group, name) and parts[1].startswith("lag")
+            if wanted and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(parts[1], []).append((float(row["step"]), float(value)))
+    return found
+
+
+def _lag_of(bucket: str) -> int:
+    digits = bucket.removeprefix("lag").partition("_")[0]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _write(figure: Any, out: Path) -> None:
     partial = out.with_name(out.name + ".partial")
     try:
         figure.savefig(partial, format="png")

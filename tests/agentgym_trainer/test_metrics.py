@@ -216,13 +216,28 @@ def test_figures_of_trajectories() -> None:
         mask = tuple(version >= 0 for version in versions)
         return TokenSequence((1,) * len(versions), mask, (-0.5,) * len(versions), versions, versions)
 
-    def trajectory(*sequences: TokenSequence) -> ScoredSequences:
+    def trajectory(name: str, *sequences: TokenSequence) -> ScoredSequences:
         sampled = sum(s.num_loss_tokens for s in sequences)
-        return ScoredSequences("t", "g", "e", EpisodeStatus.TERMINATED, 1.0, True, {}, sequences, sampled)
+        return ScoredSequences(name, "g", "e", EpisodeStatus.TERMINATED, 1.0, True, {}, sequences, sampled)
 
-    trajectories = [trajectory(sequence(-1, 3, 3), sequence(-1, 3, 5)), trajectory(sequence(-1, 6, 6, -1, 6))]
+    trajectories = [
+        trajectory("t", sequence(-1, 3, 3), sequence(-1, 3, 5)),
+        trajectory("u", sequence(-1, 6, 6), sequence(-1, 6, 6, -1, 6)),
+    ]
     rows = collect_rows(trajectories, Advantages(np.zeros(2), np.array([True, True]), (), 1), max_seq_len=4)
     figures = trajectory_metrics(trajectories, rows, trainer_version=7)
+    assert figures["trajectory/lag3_4/delivered_fraction"] == 1.0
+    assert figures["trajectory/lag1/delivered_fraction"] == pytest.approx(2 / 5)
+    assert figures["trajectory/lag3_4/partial_span_mean"] == 2.0
+    assert figures["trajectory/lag1/partial_span_mean"] == 0.0
+    assert figures["trajectory/lag1/versions_mean"] == 1.0
+    assert figures["trajectory/lag1/num_trajectories"] == 1.0
+    assert "trajectory/lag0/versions_mean" not in figures
+    rows = collect_rows(trajectories, Advantages(np.zeros(2), np.array([True, True]), (), 1), max_seq_len=2)
+    shorter = trajectory_metrics(trajectories, rows, trainer_version=7)
+    assert shorter["trajectory/lag1/delivered_fraction"] == 0.0  # nothing of it came through, which is not excluded
+    rows = collect_rows(trajectories, Advantages(np.zeros(2), np.array([True, False]), (), 1), max_seq_len=4)
+    assert "trajectory/lag1/delivered_fraction" not in trajectory_metrics(trajectories, rows, trainer_version=7)
     assert figures["trajectory/versions_mean"] == 1.5
     assert figures["trajectory/versions_max"] == 2
     assert figures["trajectory/partial_fraction"] == 0.5
@@ -230,5 +245,5 @@ def test_figures_of_trajectories() -> None:
     assert figures["trajectory/partial_span_max"] == 2
     assert figures["trajectory/lag_mean"] == 2.5
     assert figures["trajectory/lag_max"] == 4
-    assert figures["trajectory/delivered_fraction"] == pytest.approx(4 / 7)
+    assert figures["trajectory/delivered_fraction"] == pytest.approx(6 / 9)
     assert (figures["trajectory/num_too_long"], figures["trajectory/num_undelivered"]) == (1, 3)

@@ -64,6 +64,7 @@ class StepRows:
     num_undelivered: int  # loss tokens of rows longer than max_seq_len, and sampled tokens that no row holds
     num_too_long: int  # rows longer than max_seq_len
     num_excluded: int  # trajectories that no baseline includes
+    included: frozenset[str] = frozenset()  # ids of the others, whether or not a row of theirs was short enough
 
     @property
     def delivered_fraction(self) -> float:
@@ -127,6 +128,7 @@ def collect_rows(
         num_undelivered=num_sampled - num_delivered,
         num_too_long=num_too_long,
         num_excluded=len(trajectories) - int(advantages.included.sum()),
+        included=frozenset(t.trajectory_id for t, included in zip(trajectories, advantages.included) if included),
     )
 
 

@@ -20,7 +20,7 @@ from agentgym.server.client import ServiceClient, start_service
 from agentgym.server.wire import Batch, Evaluation, Probe, PublishReport, ServiceStatus
 from agentgym.trajectory import ScoredSequences
 from agentgym.versions import VersionLog
-from agentgym.view.plot import plot_rewards
+from agentgym.view.plot import plot_diagnostics, plot_rewards
 from agentgym.view.progress import TrainProgress
 from agentgym.view.tables import final_table
 from agentgym_trainer.anchors.old_logit_model import QUEUE_TOKENS, OldLogitModel
@@ -211,6 +211,7 @@ class Leader:
             self._folder.metrics_path, self._folder.plot_path, title=self._config.env.id,
             before=before.get("mean_reward"), after=after.get("mean_reward"),
         )  # fmt: skip
+        plot_diagnostics(self._folder.metrics_path, self._folder.diagnostics_path, title=self._config.env.id)
         summary: dict[str, Any] = {
             "env": self._config.env.id,
             "model": self._config.model.name,

@@ -10,7 +10,9 @@ in the loss, except in `max_abs_log_ratio`, which shows what really came.
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -232,10 +234,8 @@ def trajectory_metrics(
     trajectories: Sequence[ScoredSequences], rows: StepRows, *, trainer_version: int
 ) -> Mapping[str, float]:
     """Figures of whole trajectories: versions per trajectory, partial span (newest minus oldest version), the lag of
-    the oldest token, what was delivered. Computed where the batch is, once, before any rank sees it."""
-    versions = [found for t in trajectories if (found := _versions(t.sequences))]
-    spans = [max(found) - min(found) for found in versions]
-    lags = [trainer_version - min(found) for found in versions]
+    the oldest token, what was delivered; by that lag, too, such as `trajectory/lag2/delivered_fraction`. Computed where
+    the batch is, once, before any rank sees it."""
     figures = {
         "trajectory/delivered_fraction": rows.delivered_fraction,
         "trajectory/num_undelivered": float(rows.num_undelivered),
@@ -243,17 +243,40 @@ def trajectory_metrics(
         "trajectory/num_excluded": float(rows.num_excluded),
         "trajectory/num_rows": float(len(rows.rows)),
     }
-    if versions:
-        figures |= {
-            "trajectory/versions_mean": sum(map(len, versions)) / len(versions),
-            "trajectory/versions_max": float(max(map(len, versions))),
-            "trajectory/partial_fraction": sum(span > 0 for span in spans) / len(spans),
-            "trajectory/partial_span_mean": sum(spans) / len(spans),
-            "trajectory/partial_span_max": float(max(spans)),
-            "trajectory/lag_mean": sum(lags) / len(lags),
-            "trajectory/lag_max": float(max(lags)),
-        }
-    return figures
+    delivered: Counter[str] = Counter()
+    for row in rows.rows:
+        if row.key is not None:
+            delivered[row.key.trajectory_id] += row.sequence.num_loss_tokens
+    found = [(t, versions) for t in trajectories if (versions := _versions(t.sequences))]
+    by_bucket: dict[str, list[tuple[ScoredSequences, set[int]]]] = {}
+    for trajectory, versions in found:
+        bucket = LAG_BUCKETS[bisect.bisect_left(_LAG_BOUNDS, trainer_version - min(versions))]
+        by_bucket.setdefault(bucket, []).append((trajectory, versions))
+    for bucket, members in by_bucket.items():
+        sampled = [t for t, _ in members if t.trajectory_id in rows.included]
+        if total := sum(t.num_sampled_tokens for t in sampled):
+            figures[f"trajectory/{bucket}/delivered_fraction"] = (
+                sum(delivered[t.trajectory_id] for t in sampled) / total
+            )
+        figures |= _span_figures(f"trajectory/{bucket}", [versions for _, versions in members], trainer_version)
+    return figures | _span_figures("trajectory", [versions for _, versions in found], trainer_version)
+
+
+def _span_figures(prefix: str, versions: Sequence[set[int]], trainer_version: int) -> dict[str, float]:
+    if not versions:
+        return {}
+    spans = [max(found) - min(found) for found in versions]
+    lags = [trainer_version - min(found) for found in versions]
+    return {
+        f"{prefix}/num_trajectories": float(len(versions)),
+        f"{prefix}/versions_mean": sum(map(len, versions)) / len(versions),
+        f"{prefix}/versions_max": float(max(map(len, versions))),
+        f"{prefix}/partial_fraction": sum(span > 0 for span in spans) / len(spans),
+        f"{prefix}/partial_span_mean": sum(spans) / len(spans),
+        f"{prefix}/partial_span_max": float(max(spans)),
+        f"{prefix}/lag_mean": sum(lags) / len(lags),
+        f"{prefix}/lag_max": float(max(lags)),
+    }
 
 
 def _versions(sequences: Sequence[TokenSequence]) -> set[int]:

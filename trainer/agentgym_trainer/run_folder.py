@@ -5,6 +5,7 @@ runs/quickstart/config.toml       the resolved configuration; `agentgym train` t
                 evaluations.jsonl one line a held-out evaluation
                 summary.json      the figures of the whole run
                 reward.png        reward against steps, held-out success before and after
+                diagnostics.png   k3, ESS and active fraction against steps, by lag
                 trajectories/     one file a step (written by the rollout service)
                 versions/         published weights that something still refers to
                 checkpoints/      what `--resume` continues from
@@ -39,6 +40,7 @@ class RunFolder:
         self.evaluations_path = path / "evaluations.jsonl"
         self.summary_path = path / "summary.json"
         self.plot_path = path / "reward.png"
+        self.diagnostics_path = path / "diagnostics.png"
         self.versions_path = path / "versions"
         self.checkpoints_path = path / "checkpoints"
         self.model_path = path / "model"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentgym.errors import CheckpointError, InputError
-from agentgym.view.plot import moving_mean, plot_rewards, read_metrics
+from agentgym.view.plot import lag_lines, moving_mean, plot_diagnostics, plot_rewards, read_metrics
 
 
 def write(path: Path, rows: list[dict[str, Any]], tail: str = "") -> Path:
@@ -63,3 +63,34 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
 def test_moving_mean() -> None:
     assert moving_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
     assert moving_mean([], 3) == []
+
+
+LAGGED = [
+    {"step": step, "discrepancy/k3": 0.5, "discrepancy/lag0/k3": 1e-9, "discrepancy/lag3_4/k3": 0.01 * step,
+     "staleness/lag0/k3": 0.0, "total/lag0/ess_fraction": 0.99, "policy/lag0/active_fraction": 1.0}
+    for step in (1, 2)
+]  # fmt: skip
+
+
+def test_diagnostics_are_drawn_by_lag(tmp_path: Path) -> None:
+    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "diagnostics.png"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in LAGGED))
+    assert plot_diagnostics(metrics, out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diagnostics.png", "metrics.jsonl"]
+
+
+def test_the_lines_of_each_lag() -> None:
+    assert lag_lines(LAGGED, "discrepancy", "k3") == {
+        "lag0": [(1.0, 1e-9), (2.0, 1e-9)], "lag3_4": [(1.0, 0.01), (2.0, 0.02)],
+    }  # fmt: skip
+    gap = [*LAGGED, {"step": 3, "discrepancy/lag0/k3": None}]  # nan is written as null
+    assert len(lag_lines(gap, "discrepancy", "k3")["lag0"]) == 2
+    assert lag_lines(LAGGED, "policy", "k3") == {}
+
+
+def test_a_run_without_tokens_by_lag_has_no_diagnostics(tmp_path: Path) -> None:
+    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "diagnostics.png"
+    metrics.write_text('{"step": 1, "reward_mean": 0.5}\n')
+    assert not plot_diagnostics(metrics, out)
+    assert not out.exists()
