@@ -1,0 +1,165 @@
+"""Adapters on a real vLLM server: swapped between two tokens, exact, and beside whole models. One server for all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vllm_house import CONTEXT, TOLERANCE, House, begun, hearing, prompts, save_small_model
+
+from agentgym.engine.gate import PublishMode
+from agentgym.engine.protocol import WeightUpdate
+from agentgym.engine.vllm_adapters import AdapterShelf
+from agentgym.engine.vllm_engine import VllmEngine
+from agentgym.engine.vllm_server import VllmServerOptions, _lora_arguments
+from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.errors import EngineError, InputError
+from agentgym.policy import SamplingParams
+from agentgym.weight_file import save_file
+
+RANK = 4
+on_a_server = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def house(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = save_small_model(tmp_path_factory.mktemp("model"))
+    options = VllmServerOptions(vllm_python, CONTEXT, slots=32, max_lora_rank=RANK)
+    with House.opened(folder, options, tmp_path_factory.mktemp("versions"), replicas=1) as opened:
+        yield opened
+
+
+@on_a_server
+@pytest.mark.parametrize("mode", ["abort", "keep", "wait"])
+def test_an_adapter_is_published_while_requests_run(house: House, mode: PublishMode) -> None:
+    """A kept request goes on under the adapter that it began with, which is exact, too."""
+
+    async def main() -> None:
+        before = house.engine.policy_version
+        work = prompts(8)
+        streams: list[list[int]] = [[] for _ in work]
+        running = [
+            asyncio.ensure_future(house.policy.complete(prompt, SamplingParams(200, seed=index), hearing(stream)))
+            for index, (prompt, stream) in enumerate(zip(work, streams, strict=True))
+        ]
+        await begun(streams, 3)
+        update = house.adapter()
+        report = await house.policy.publish(update, mode, house.probe(update.version))
+        assert report.probe_off is not None
+        assert report.probe_off < TOLERANCE
+        late = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
+        assert late.policy_versions == late.kv_versions == (update.version,) * 30
+        house.assert_exact([3, 1, 4], late)
+        assert house.off(before, [3, 1, 4], late).max() > 0.1  # an adapter that does something
+        split = 0
+        for prompt, stream, completion in zip(work, streams, await asyncio.gather(*running), strict=True):
+            assert stream == list(completion.token_ids)
+            assert completion.kv_versions == completion.policy_versions
+            house.assert_exact(prompt, completion)
+            split += set(completion.policy_versions) == {before, update.version}
+            assert mode == "abort" or set(completion.policy_versions) == {before}
+        assert split == (len(work) if mode == "abort" else 0)
+
+    house.run(main())
+
+
+@on_a_server
+def test_whole_models_and_adapters_may_follow_each_other(house: House) -> None:
+    """An adapter is one to the model's folder, whatever was served meanwhile."""
+
+    async def main() -> None:
+        for update in (house.adapter(), house.update(), house.adapter(), house.adapter()):
+            probe = house.probe(update.version)
+            report = await house.policy.publish(update, probe=probe)
+            assert report.probe_off is not None
+            assert report.probe_off < TOLERANCE
+            completion = await house.policy.complete([2, 7], SamplingParams(30, seed=1))
+            house.assert_exact([2, 7], completion)
+        root = house.engine._shelf._root
+        assert root is not None
+        assert len([folder for folder in root.iterdir() if folder.is_dir()]) <= 2
+
+    house.run(main())
+
+
+@on_a_server
+def test_an_adapter_that_the_server_cannot_take_changes_nothing(house: House) -> None:
+    async def main() -> None:
+        before = house.engine.policy_version
+        update = house.adapter(rank=16)
+        del house.models[update.version]
+        with pytest.raises(EngineError, match="rank"):
+            await house.policy.publish(update)
+        again = house.adapter()  # under the number of the one that failed
+        assert again.version == update.version
+        assert [status.state for status in house.engine.replicas()] == ["serving"]
+        house.assert_exact([9], completion := await house.policy.complete([9], SamplingParams(20, seed=1)))
+        assert set(completion.policy_versions) == {before}
+        await house.policy.publish(again)
+        house.assert_exact([9], completion := await house.policy.complete([9], SamplingParams(20, seed=1)))
+        assert set(completion.policy_versions) == {again.version}
+
+    house.run(main())
+
+
+# ---------------------------------------------------------------------------------------------- without a server
+
+
+def adapter_file(path: Path, value: float) -> PublishedTensors:
+    weights = {"base_model.model.a.lora_A.weight": np.full((2, 3), value, np.float32)}
+    save_file(weights, path, {"format": "lora", "adapter_config": '{"r": 2}'})
+    return PublishedTensors.read(path)
+
+
+def test_a_folder_is_what_peft_writes_and_versions_that_nobody_names_leave(tmp_path: Path) -> None:
+    shelf = AdapterShelf(tmp_path)
+    first = shelf.put(1, adapter_file(tmp_path / "1.safetensors", 1.0))
+    assert sorted(path.name for path in first.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (first / "adapter_config.json").read_text() == '{"r": 2}'
+    assert (first / "adapter_model.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    second = shelf.put(2, adapter_file(tmp_path / "2.safetensors", 2.0))
+    other = shelf.put(2, adapter_file(tmp_path / "2b.safetensors", 3.0))  # the first try of this number failed
+    assert other != second
+    shelf.keep({2})
+    assert not first.exists()
+    assert other.exists()
+    shelf.close()
+    assert not other.parent.exists()
+
+
+def test_what_a_killed_owner_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    published = adapter_file(tmp_path / "1.safetensors", 1.0)
+    living, dead = AdapterShelf(tmp_path), AdapterShelf(tmp_path)
+    kept, left = living.put(1, published), dead.put(1, published)
+    assert dead._lock is not None
+    os.close(dead._lock)  # as the kernel does
+    fresh = AdapterShelf(tmp_path).put(1, published)
+    assert kept.exists()
+    assert fresh.exists()
+    assert not left.parent.exists()
+    living.close()
+
+
+def test_a_file_that_calls_itself_an_adapter_and_says_no_more_is_refused(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "a.safetensors", {"format": "lora"})
+    with pytest.raises(EngineError, match="has no adapter_config"):
+        PublishedTensors.read(tmp_path / "a.safetensors")
+
+
+def test_ranks_that_vllm_has_no_room_for_are_refused(tmp_path: Path) -> None:
+    assert _lora_arguments(3)[2] == "8"
+    assert _lora_arguments(None) == ()
+    with pytest.raises(InputError, match=r"engine\.max_lora_rank must be <= 512"):
+        _lora_arguments(513)
+
+
+def test_an_adapter_for_servers_that_take_none_is_refused_with_the_mend(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 9}')
+    engine = VllmEngine(tmp_path, 64, "float32")
+    adapter_file(tmp_path / "1.safetensors", 1.0)
+    with pytest.raises(EngineError, match=r"version 1 is an adapter.*set engine\.max_lora_rank"):
+        asyncio.run(engine.prepare(WeightUpdate(1, tmp_path / "1.safetensors")))

@@ -1,0 +1,198 @@
+"""A vLLM engine with its servers, the weights of every version that was published to it, and what a token must be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from agentgym import weight_file
+from agentgym.engine.gate import VersionedPolicy
+from agentgym.engine.protocol import Probe, WeightUpdate
+from agentgym.engine.vllm_engine import VllmEngine
+from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.policy import Completion
+
+VOCAB = 61
+CONTEXT = 256
+TOLERANCE = 1e-4
+T = TypeVar("T")
+_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def save_small_model(path: Path) -> Path:
+    """A tied model without a tokenizer: tokens are all that the engine knows."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=5, pad_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15, generator=generator)
+    model.save_pretrained(path)
+    return path
+
+
+@dataclass
+class House:
+    """The engine, the loop that it lives in, and the model of every version."""
+
+    runner: asyncio.Runner
+    engine: VllmEngine
+    folder: Path
+    tmp: Path
+    models: dict[int, PreTrainedModel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.policy = VersionedPolicy(self.engine)
+        self.models[0] = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path, options: VllmServerOptions, tmp: Path, replicas: int) -> Iterator[House]:
+        torch.set_num_threads(1)
+        with asyncio.Runner() as runner:
+            engine = runner.run(VllmEngine.start(folder, options, replicas=replicas))
+            try:
+                yield cls(runner, engine, folder, tmp)
+            finally:
+                runner.run(engine.close())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(asyncio.wait_for(work, 280))
+
+    def twin(self, version: int) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_config(self.models[0].config).eval()
+        model.load_state_dict(self.models[version].state_dict())
+        return model
+
+    @torch.no_grad()
+    def update(self, *, only: str = "") -> WeightUpdate:
+        """A new version: another point near the first model, or the last one with the parameters `only` moved."""
+        version = max(self.models) + 1
+        model = self.twin(version - 1 if only else 0)
+        generator = torch.Generator().manual_seed(version)
+        for name, parameter in model.named_parameters():
+            if only in name:
+                parameter.add_(0.08 * torch.randn(parameter.shape, generator=generator))
+        self.models[version] = model
+        path = self.tmp / f"{version:06d}.safetensors"
+        save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, path)
+        return WeightUpdate(version, path)
+
+    @torch.no_grad()
+    def adapter(self, *, rank: int = 4, alpha: int = 8) -> WeightUpdate:
+        """A new version that is an adapter to the first model, as a trainer publishes it; the model is the merged one,
+        so that it is computed in another way than the server does."""
+        version = max(self.models) + 1
+        model = self.twin(0)
+        generator = torch.Generator().manual_seed(version)
+        tensors: dict[str, np.ndarray] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name.endswith(_ADAPTED):
+                a = 0.2 * torch.randn(rank, module.in_features, generator=generator)
+                b = 0.2 * torch.randn(module.out_features, rank, generator=generator)
+                module.weight += alpha / rank * b @ a
+                tensors[f"base_model.model.{name}.lora_A.weight"] = a.numpy()
+                tensors[f"base_model.model.{name}.lora_B.weight"] = b.numpy()
+        self.models[version] = model
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(_ADAPTED), "bias": "none"}
+        path = self.tmp / f"{version:06d}.safetensors"
+        weight_file.save_file(tensors, path, {"format": "lora", "adapter_config": json.dumps(config)})
+        return WeightUpdate(version, path)
+
+    @torch.no_grad()
+    def probe(self, version: int, tolerance: float = 1e-3) -> Probe:
+        """What a trainer with the weights of `version` would send."""
+        tokens = np.random.default_rng(version).integers(0, VOCAB, 24).tolist()
+        logprobs = self.models[version](torch.tensor([tokens])).logits[0, :-1].float().log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        return Probe(tuple(tokens), tuple(chosen.tolist()), tolerance)
+
+    @torch.no_grad()
+    def off(self, version: int, prompt: Sequence[int], completion: Completion, temperature: float = 1.0) -> np.ndarray:
+        """How far recorded logprobs are from a clean forward of `version`, by token."""
+        logits = self.models[version](torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1]
+        chosen = torch.tensor(completion.token_ids)[:, None]
+        wanted = (logits.float() / (temperature or 1.0)).log_softmax(-1).gather(1, chosen)[:, 0]
+        return (torch.tensor(completion.logprobs) - wanted).abs().numpy()
+
+    def assert_exact(self, prompt: Sequence[int], completion: Completion, temperature: float = 1.0) -> None:
+        """Every token is the forward of its own version, where its keys are of that version too."""
+        versions, keys = np.array(completion.policy_versions), np.array(completion.kv_versions)
+        assert list(versions) == sorted(versions)
+        assert (keys <= versions).all()
+        for version in np.unique(versions):
+            fresh = (versions == version) & (keys == version)
+            assert (self.off(int(version), prompt, completion, temperature)[fresh] < TOLERANCE).all()
+
+    async def all_serve(self) -> None:
+        """Waits for every replica, one that was lost too."""
+        while any(status.state != "serving" for status in self.engine.replicas()):
+            await asyncio.sleep(0.2)
+
+    async def sampled(self, tokens: int) -> None:
+        """Until `tokens` more have come."""
+        wanted = (await self.engine.stats()).sampled_tokens + tokens
+        while (await self.engine.stats()).sampled_tokens < wanted:
+            await asyncio.sleep(0.005)
+
+    async def running_on_server(self, index: int) -> int:
+        replica = self.engine.seats[index].replica
+        assert replica is not None
+        text = (await replica._http.get("/metrics")).text
+        return int(sum(float(value) for value in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.M)))
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, VOCAB, rng.integers(1, 30)).tolist() for _ in range(count)]
+
+
+async def begun(streams: Sequence[list[int]], tokens: int) -> None:
+    """Until every one of `streams` has heard of so many tokens."""
+    while min(map(len, streams)) < tokens:
+        await asyncio.sleep(0.002)
+
+
+def hearing(stream: list[int]) -> Callable[..., None]:
+    return lambda ids, *_: stream.extend(ids)
+
+
+@asynccontextmanager
+async def relayed(socket: str) -> AsyncIterator[str]:
+    """A server's Unix socket as a TCP address."""
+
+    async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            target.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream, downstream = await asyncio.open_unix_connection(socket)
+        await asyncio.gather(pipe(reader, downstream), pipe(upstream, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
