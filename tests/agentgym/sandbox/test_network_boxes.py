@@ -18,6 +18,7 @@ import pytest
 from agentgym.errors import SandboxDiedError, SandboxTimeoutError, UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
 from agentgym.sandbox.grading.verify import VerifierPlan, judge_spec
+from agentgym.sandbox.ownership.gc import list_boxes
 from agentgym.sandbox.warm.pool import SandboxPool
 from agentgym.testing.sandbox_conformance.network import HostServer
 
@@ -219,3 +220,18 @@ def test_who_grades_has_none(mode: str) -> None:
     assert judge_spec(plan, agent).relaxations == ()
     asked = replace(plan, judge=agent)
     assert judge_spec(asked, SandboxSpec()).relaxations == (() if mode == "apart" else agent.relaxations)
+
+
+@pytest.mark.parametrize("tier", TIERS[:2])
+def test_the_list_of_boxes_shows_it(tier: str) -> None:
+    spec = SandboxSpec(allow_network=("pypi.org:443", "*.pythonhosted.org:443"))
+    with open_sandbox(tier, spec) as box:
+        (row,) = [row for row in list_boxes()[0] if row.name == box.name]
+    assert row.relaxed == ("allow_network=pypi.org:443 *.pythonhosted.org:443",)
+
+
+@pytest.mark.bubblewrap
+def test_a_way_out_needs_no_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
+    with open_sandbox("auto", SandboxSpec(allow_network=("127.0.0.1:9",))) as box:
+        assert box.tier == "namespace"

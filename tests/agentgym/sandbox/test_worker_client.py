@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import marshal
 import socket
 import threading
 import time
@@ -145,3 +147,23 @@ def test_numbers_of_a_reply_are_checked(value: object) -> None:
     with pytest.raises(SandboxDiedError):
         whole({"size": value}, "size")
     assert whole({"size": 3}, "size") == 3
+
+
+def test_a_full_line_is_no_dead_box() -> None:
+    """Frames of a way out may fill it; a renewal of the lease that finds no room leaves no half frame behind."""
+    ours, theirs = socket.socketpair()
+    client = WorkerClient(SocketChannel(ours, lambda: ""), "box-1")
+    client._is_booted = True
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(65_536))
+    client.renew()
+    theirs.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.recv(65_536)
+    client.renew()
+    header = marshal.dumps({"op": "renew"}, 2)
+    assert theirs.recv(65_536) == sealed(b"", HOST, 0, header, b"")
+    client.close()
+    theirs.close()
