@@ -70,6 +70,13 @@ def test_a_forecast_is_what_runs_here_took() -> None:
         (["trainer.publish_dtype=bfloat16"], {}, "bf16", "mismatch bf16 does nothing"),
         ([], {"lags": (0, 4)}, "bf16", "never trains on what it has learned"),
         ([], {"anchors": ("interrupt",)}, "bf16", "the lab has none"),
+        (
+            ["rollout.drop_zero_variance=true"],
+            {},
+            "bf16",
+            "rollout.drop_zero_variance does nothing in the staleness lab",
+        ),
+        (["engine.kind=vllm"], {}, "bf16", "engine.kind does nothing in the staleness lab"),
         (["evaluation.episodes=0"], {}, "bf16", "evaluation.episodes must be >= 1"),
     ],
 )

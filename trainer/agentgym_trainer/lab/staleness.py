@@ -61,8 +61,15 @@ def check_options(config: TrainConfig, options: LabOptions) -> None:
         raise ConfigError("mismatch bf16 does nothing where trainer.publish_dtype = 'bfloat16'; take logits:SCALE")
     if config.evaluation.episodes < 1:
         raise ConfigError("evaluation.episodes must be >= 1: held-out reward is what runs are compared by")
-    if config.trainer.lora is not None:
-        raise ConfigError("trainer.lora: the staleness lab trains whole weights; leave the adapter out")
+    without_service = {
+        "trainer.lora": config.trainer.lora is not None,
+        "engine.kind": config.engine.kind != "torch",
+        "rollout.source": config.rollout.source != "environment",
+        "rollout.drop_zero_variance": config.rollout.drop_zero_variance,
+    }
+    for key, is_set in without_service.items():
+        if is_set:
+            raise ConfigError(f"{key} does nothing in the staleness lab, which has no rollout service: leave it out")
     recorded = sorted(set(options.grid.anchors) & set(RECORDED))
     if recorded:
         raise ConfigError(
@@ -102,9 +109,9 @@ def run_lab(config: TrainConfig, options: LabOptions, console: Console) -> Path:
 
 def _law_f(config: TrainConfig, options: LabOptions, console: Console) -> dict[str, Any]:
     """Measured once for a plan, and remembered."""
-    anchors = [anchor for anchor in options.grid.anchors if anchor != "behavior"]  # its r_d is 1 by definition
+    anchors = tuple(anchor for anchor in options.grid.anchors if anchor != "behavior")  # its r_d is 1 by definition
     plan = StreamPlan(
-        windows=options.windows, anchors=tuple(anchors), groups=config.rollout.groups_per_step,
+        windows=options.windows, anchors=anchors or StreamPlan().anchors, groups=config.rollout.groups_per_step,
         mismatch=options.conditions.mismatch, seed=min(options.grid.seeds),
     )  # fmt: skip
     described = json.loads(json.dumps(asdict(plan)))
