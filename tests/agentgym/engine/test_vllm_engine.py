@@ -247,12 +247,6 @@ def test_requests_that_come_while_paused_are_sent_back(house: House) -> None:
 # ----------------------------------------------------------------------------------------------------------- deaths
 
 
-def _server_processes(engine: VllmEngine, index: int) -> list[psutil.Process]:
-    server = engine.seats[index].server
-    assert server is not None
-    return psutil.Process(server.pid).children(recursive=True)
-
-
 def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -> None:
     """Its requests go on elsewhere behind the tokens they have; it comes back with what was published meanwhile."""
 
@@ -274,7 +268,7 @@ def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -
         placed = [engine._dispatch._sessions[f"k{index}"] for index in range(len(work))]
         await begun([stream for stream, seat in zip(streams, placed, strict=True) if seat is engine.seats[1]], 3)
         assert engine.seats[1].running >= 4, engine.replicas()
-        processes = _server_processes(engine, 1)
+        processes = house.server_processes(1)
         assert len(processes) >= 3
         os.kill(processes[0].pid, signal.SIGKILL)
         done = await asyncio.gather(*running)

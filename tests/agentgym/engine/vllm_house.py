@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -150,6 +151,11 @@ class House:
         wanted = (await self.engine.stats()).sampled_tokens + tokens
         while (await self.engine.stats()).sampled_tokens < wanted:
             await asyncio.sleep(0.005)
+
+    def server_processes(self, index: int) -> list[psutil.Process]:
+        server = self.engine.seats[index].server
+        assert server is not None
+        return psutil.Process(server.pid).children(recursive=True)
 
     async def running_on_server(self, index: int) -> int:
         replica = self.engine.seats[index].replica
