@@ -40,7 +40,7 @@ MENDS: dict[Cause, str] = {
 }
 LIKELY = 0.5  # a cause that explains less than this is not named
 _TIE = 0.02
-_SIGMAS = 4.0  # between two temperatures before they are called different
+_SIGMAS = 2.0  # between two temperatures before they are called different
 _TEMPERATURES = (0.1, 10.0)
 
 
@@ -196,9 +196,10 @@ class TemperatureFit:
 
     def probe(self, predicted: Tensor, scored_at: float) -> Probe:
         """The suspicion that the temperature is what differs, under the name that the two fits give it."""
-        apart = abs(1.0 / self.recorded - 1.0 / self.sampled)
         drawn = f"the tokens were drawn at about {self.sampled:.3g}"
-        if abs(self.recorded - 1.0) < 0.02 and apart > _SIGMAS * self.inverse_error:
+        from_record = abs(1.0 / self.recorded - 1.0 / self.sampled)
+        from_asked = abs(1.0 / scored_at - 1.0 / self.sampled)
+        if abs(self.recorded - 1.0) < 0.02 and from_record > max(_SIGMAS * self.inverse_error, from_asked):
             detail = f"the record is of temperature {self.recorded:.3g}, {drawn}: logprobs of the raw distribution"
             return Probe("raw_logprobs", predicted, detail)
         detail = f"the record is of temperature {self.recorded:.4g}, {drawn}; the trainer scores at {scored_at:g}"
