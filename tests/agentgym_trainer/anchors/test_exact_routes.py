@@ -135,7 +135,7 @@ class World:
             return batch
 
         return [
-            ScoredSequences(t.trajectory_id, "g", "e", "terminated", 0.0, True, {}, to_sequences(t), 0)
+            ScoredSequences(t.trajectory_id, "g", "e", EpisodeStatus.TERMINATED, 0.0, True, {}, to_sequences(t), 0)
             for t in self.do(taken())
         ]
 
@@ -301,7 +301,7 @@ def test_the_routes_agree_to_the_bit_and_a_killed_scorer_loses_nothing(
             stale, mixed = stale + counts[0], mixed + counts[1]
             trainer.publish()
         figures = scorer.metrics()
-        check_refusals(scorer, batch)
+        check_refusals(scorer, world.take(1))
     assert figures["anchor/scorer_restarts"] == 1
     assert trainer.interruption.metrics()["anchor/broken_pauses"] == 0
     assert stale > 50  # the batches were of older versions,
