@@ -11,7 +11,7 @@ from agentgym_trainer.lab.cell import use_one_core
 from agentgym_trainer.lab.staleness import lab_config
 from agentgym_trainer.lab.stream import StreamPlan, measure_stream
 
-MISMATCH = "logits:0.05"
+MISMATCH = "logits:0.08"
 QUICK = ("rollout.groups_per_step=3", "engine.slots=24")
 
 
