@@ -4,8 +4,8 @@ one message on stderr and an exit code (2: the person's turn, 1: a failure at wo
 Other packages add commands through the entry-point group `agentgym.commands`: the entry's name is the command's, its
 value a function with type hints that typer understands (`Annotated[..., typer.Option(help=...)]`), whose docstring
 is the help. The module that holds it is imported for every `agentgym --help`, so it imports what is heavy inside the
-function. The function returns nothing, and raises AgentGymError; `train` of the trainer is the example. The value may be
-a `typer.Typer` of such functions instead: a group of commands, as `lab` is.
+function. The function returns nothing, and raises AgentGymError; `train` of the trainer is the example. The value may
+be a `typer.Typer` of such functions instead: a group of commands, as `lab` is.
 """
 
 from __future__ import annotations
