@@ -11,20 +11,19 @@ import asyncio
 import contextlib
 import logging
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import Probe, WeightUpdate
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, EnvError, InputError, NotNowError, ServiceError
 from agentgym.render.protocol import Renderer
+from agentgym.rollout.attempt import Attempt
 from agentgym.rollout.batch import CollectedBatch, CollectorSettings, Outside, OutsideTask
 from agentgym.rollout.buffer import Discard, DiscardReason, GroupBuffer, ReadyGroup
 from agentgym.rollout.environments import EnvironmentPool
-from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, run_episode
+from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, describe_stall, run_episode
 from agentgym.rollout.limits import EpisodeLimits
 from agentgym.rollout.live_feed import LiveFeed
 from agentgym.rollout.sampler import Sampler
@@ -35,18 +34,7 @@ from agentgym.rollout.summary import StepCounts, summarize
 from agentgym.trajectory import EpisodeStatus, Trajectory, to_sequences
 
 log = logging.getLogger(__name__)
-SHOWN = 8  # episodes that a stall warning describes one by one
 PATIENCE = 32  # so many failures without a single success between them mean that nothing will succeed
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """One try at one member of a group."""
-
-    task: ScheduledTask
-    group_id: str
-    member: int
-    retry: int
 
 
 class Collector:
@@ -83,7 +71,7 @@ class Collector:
         self._shares = Shares(self._buffer.most_groups)
         self._outside: Outside | None = None
         self._tasks: dict[str, ScheduledTask | OutsideTask] = {}  # of groups neither consumed nor discarded
-        self._waiting: deque[_Attempt] = deque()
+        self._waiting: deque[Attempt] = deque()
         self._running: dict[asyncio.Task[None], tuple[str, EpisodeProgress]] = {}
         self._collecting = False
         self._closed = False
@@ -297,30 +285,18 @@ class Collector:
         group_id = f"g-{task.index:06d}"
         self._buffer.start(group_id, self._policy.policy_version)
         self._tasks[group_id] = task
-        self._waiting.extend(_Attempt(task, group_id, member, 0) for member in range(self.settings.group_size))
+        self._waiting.extend(Attempt(task, group_id, member) for member in range(self.settings.group_size))
         return True
 
-    def _start(self, attempt: _Attempt) -> None:
-        trajectory_id = f"{attempt.group_id}.{attempt.member}" + (f"r{attempt.retry}" if attempt.retry else "")
-        plan = EpisodePlan(
-            trajectory_id,
-            attempt.group_id,
-            self.settings.env_id,
-            attempt.task.task_id,
-            attempt.task.seed,
-            sampling_seed=zlib.crc32(f"{self.settings.seed} {trajectory_id}".encode()),
-            temperature=self.settings.temperature,
-        )
-        progress = EpisodeProgress(self._served_version)
-        self.feed.begin(trajectory_id, attempt.group_id)
+    def _start(self, attempt: Attempt) -> None:
+        plan = attempt.plan(self.settings)
+        progress = EpisodeProgress(lambda: self._policy.policy_version)
+        self.feed.begin(plan.trajectory_id, attempt.group_id)
         task = asyncio.create_task(self._play(attempt, plan, progress))
-        self._running[task] = (trajectory_id, progress)
+        self._running[task] = (plan.trajectory_id, progress)
         task.add_done_callback(self._reap)
 
-    def _served_version(self) -> int:
-        return self._policy.policy_version
-
-    async def _play(self, attempt: _Attempt, plan: EpisodePlan, progress: EpisodeProgress) -> None:
+    async def _play(self, attempt: Attempt, plan: EpisodePlan, progress: EpisodeProgress) -> None:
         assert self._environments is not None  # there is a schedule
         trajectory = await run_episode(plan, self._environments, self._renderer, self._sampler, self._limits, progress)
         self._count(trajectory)
@@ -331,7 +307,7 @@ class Collector:
             self._failures_in_a_row = 0
             self._put(trajectory)
 
-    async def _fail(self, attempt: _Attempt, trajectory: Trajectory) -> None:
+    async def _fail(self, attempt: Attempt, trajectory: Trajectory) -> None:
         """Counts and keeps a failed episode, and tries it again unless it was tried often enough."""
         self.failed += 1
         self._step.failed += 1
@@ -343,14 +319,13 @@ class Collector:
             self._break(self._sampler.death)
             return
         if self._failures_in_a_row >= max(PATIENCE, 2 * self.settings.group_size):
-            self._break(
-                EnvError(f"{self._failures_in_a_row} episodes in a row failed; the last one: {trajectory.error}")
-            )
+            failures = f"{self._failures_in_a_row} episodes in a row failed"
+            self._break(EnvError(f"{failures}; the last one: {trajectory.error}"))
             return
         await asyncio.sleep(min(0.05 * 2 ** min(self._failures_in_a_row, 8), 5.0))  # a daemon may be restarting
         if attempt.retry < self.settings.max_retries:
             self._step.retried += 1
-            self._waiting.appendleft(_Attempt(attempt.task, attempt.group_id, attempt.member, attempt.retry + 1))
+            self._waiting.appendleft(attempt.again())
         else:
             self._put(trajectory)
 
@@ -418,15 +393,8 @@ class Collector:
 
     async def _watch(self) -> None:
         """Says in the log what every episode waits for when none has finished for too long."""
-        limit_s = self.settings.stall_warning_s
         while True:
-            await asyncio.sleep(limit_s / 2)
+            await asyncio.sleep(self.settings.stall_warning_s / 2)
             quiet_s = time.monotonic() - self._last_end
-            if not self._running or quiet_s < limit_s:
-                continue
-            oldest = sorted(self._running.values(), key=lambda entry: entry[1].since)[:SHOWN]
-            each = "; ".join(f"{trajectory_id} {progress.describe()}" for trajectory_id, progress in oldest)
-            log.warning(
-                "no episode has finished for %.0f s; %d are running, waiting longest: %s",
-                quiet_s, len(self._running), each,
-            )  # fmt: skip
+            if self._running and quiet_s >= self.settings.stall_warning_s:
+                log.warning("%s", describe_stall(list(self._running.values()), quiet_s))

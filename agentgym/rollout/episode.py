@@ -26,6 +26,7 @@ from agentgym.trajectory import EpisodeStatus, Trajectory, Turn
 
 T = TypeVar("T")
 TOOL_ERROR = "error: "  # how a ToolEnv begins the answer to a call that it refused
+SHOWN = 8  # episodes that a stall warning describes one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,13 @@ class EpisodeProgress:
 
     def describe(self) -> str:
         return f"{self.phase} for {time.monotonic() - self.since:.1f} s in turn {self.turns + 1}"
+
+
+def describe_stall(running: Sequence[tuple[str, EpisodeProgress]], quiet_s: float) -> str:
+    """What the episodes (trajectory id, progress) that have waited longest are waiting for."""
+    oldest = sorted(running, key=lambda entry: entry[1].since)[:SHOWN]
+    each = "; ".join(f"{trajectory_id} {progress.describe()}" for trajectory_id, progress in oldest)
+    return f"no episode has finished for {quiet_s:.0f} s; {len(running)} are running, waiting longest: {each}"
 
 
 async def run_episode(
