@@ -125,9 +125,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the two long shares begin at once
-        long = {"vllm": 0, "sandboxes": 1}
-        items.sort(key=lambda item: long.get(_share(item.nodeid.partition("::")[0]), len(long)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {share: place for place, share in enumerate(_SHARES)}
+        items.sort(key=lambda item: rank.get(_share(item.nodeid.partition("::")[0]), len(rank)))
     slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
     options = config.option
     count = len(slow) if options.run_slow else min(options.slow_sample, len(slow))
@@ -143,15 +143,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+# With `-n 3 --dist loadfile`: who owns a share runs all its files, and the long ones begin first. vLLM servers take
+# the processors; attacks and other sandboxes mostly wait, and the latter look at what the daemon holds.
+_SHARES = {
+    "vllm": ("pytest.mark.vllm",),
+    "attacks": ("testing.sandbox_abuse import", "testing.sandbox_conformance import"),
+    "sandboxes": ("pytest.mark.docker", "pytest.mark.bubblewrap"),
+}
+
+
 @functools.cache
 def _share(file: str) -> str:
-    """Whose work a test file is with `-n 2 --dist loadfile`: one worker has all vLLM servers, one all sandboxes (they
-    look at what the daemon holds, and mostly wait); the other files go to whoever is free."""
+    """Whose work a test file is; one without such words goes to whoever is free."""
     source = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
-    for share, marks in {"vllm": ("vllm",), "sandboxes": ("docker", "bubblewrap")}.items():
-        if any(f"pytest.mark.{mark}" in source for mark in marks):
-            return share
-    return file
+    return next((share for share, words in _SHARES.items() if any(word in source for word in words)), file)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -90,7 +90,7 @@ def test_gpu_tests_are_deselected_unless_asked_for(suite: pytest.Pytester) -> No
     suite.runpytest().assert_outcomes(passed=1, deselected=1)
 
 
-def test_two_workers_share_no_sandbox_and_no_vllm_server(pytester: pytest.Pytester) -> None:
+def test_workers_share_no_sandbox_and_no_vllm_server(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nmarkers =\n  docker: x\n  bubblewrap: x\n  vllm: x\n  slow: x\n  gpu: x\n")
     tests = pytester.mkdir("tests")
     (tests / "conftest.py").write_text(CONFTEST.read_text(encoding="utf-8") + "\nCOMPONENTS.clear()\n")
