@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agentgym.errors import ConfigError, InputError
+from agentgym.errors import ConfigError, InputError, TrainingError
 from agentgym_trainer.lab.cell import Cell, Conditions
-from agentgym_trainer.lab.grid import Forecast, Grid, LabFolder, run_cells
+from agentgym_trainer.lab.grid import Finished, Forecast, Grid, LabFolder, run_cells
 from agentgym_trainer.lab.staleness import LabOptions, check_options, lab_config
 
 GRID = Grid((0, 4), ("snapshot", "behavior"), ("none", "token_mask"), (1, 4), (0, 1))
@@ -87,9 +87,24 @@ def test_what_would_do_nothing_is_refused(small_lab, tmp_path, settings, grid, m
         check_options(lab_config([*small_lab, *settings]), options)
 
 
-def start(small_lab: list[str], out: Path, *more: str) -> subprocess.Popen[str]:
+def test_a_run_whose_process_dies_ends_the_lab_in_one_sentence_and_keeps_the_others(small_config, tmp_path) -> None:
+    folder = LabFolder(tmp_path, small_config, Conditions())
+    cells = [Cell(lag, "resident", "none", 1, 0) for lag in (0, 1)]
+
+    def kill_the_worker(finished: Finished) -> None:
+        for child in psutil.Process().children(recursive=True):
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+
+    with pytest.raises(TrainingError, match="the process of a run died"):
+        run_cells(folder, cells, 1, kill_the_worker)
+    assert folder.result(cells[0]) is not None
+    assert folder.result(cells[1]) is None
+
+
+def start(small_lab: list[str], out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "agentgym.cli", "lab", "staleness", *small_lab, "--out", str(out)]
-    command += ["--lags", "0,2", "--anchors", "snapshot,resident", "--seeds", "0", "--windows", "0,1", *more]
+    command += ["--lags", "1", "--anchors", "snapshot,ewma,resident", "--seeds", "0", "--windows", "0"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -107,18 +122,18 @@ def test_a_killed_lab_leaves_nobody_computing_and_goes_on_where_it_was(small_lab
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     before = {path.name: path.read_text() for path in cells.glob("*.json")}
-    assert 1 <= len(before) < 4
+    assert 1 <= len(before) < 3
 
     second = start(small_lab, tmp_path)
     page, said = second.communicate(timeout=280)
     assert second.returncode == 0, said[-3000:]
     assert page.strip() == str(tmp_path / "report.html")
     after = {path.name: path.read_text() for path in cells.glob("*.json")}
-    assert len(after) == 4
+    assert len(after) == 3
     assert {name: after[name] for name in before} == before  # not run again
     assert said.count("(from before)") == len(before)
     assert "min left" in said
-    assert "window 1" not in said  # law F was remembered, too
+    assert "window 0" not in said  # law F was remembered, too
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["num_runs"] == 4
+    assert report["num_runs"] == 3
     assert report["command"].startswith("agentgym lab staleness")

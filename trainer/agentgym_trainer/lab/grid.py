@@ -9,9 +9,11 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
-from agentgym.errors import AgentGymError, CheckpointError, ConfigError, InputError
+from agentgym.errors import AgentGymError, CheckpointError, ConfigError, InputError, TrainingError
 from agentgym_trainer.lab.cell import Cell, Conditions, cell_config, run_cell, use_one_core
 from agentgym_trainer.settings import TrainConfig
 
@@ -118,7 +120,7 @@ def write_whole(path: Path, text: str) -> None:
 def run_cells(folder: LabFolder, cells: Sequence[Cell], jobs: int, done: Callable[[Finished], None]) -> None:
     """Runs what has no result yet, `jobs` at a time, each in a process of its own that works on one core; `done` hears
     of each cell as it ends, those of earlier labs first. Raises ConfigError, before anything runs, for cells that the
-    configuration refuses."""
+    configuration refuses, and TrainingError if a process dies."""
     configs = {cell: _checked(folder.base, cell) for cell in cells}
     waiting = []
     for cell in cells:
@@ -139,6 +141,14 @@ def run_cells(folder: LabFolder, cells: Sequence[Cell], jobs: int, done: Callabl
             if result is not None:
                 folder.keep(cell, result)
             done(Finished(cell, result, error, stored=False))
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "the process of a run died (out of memory? fewer --jobs); the runs before it are kept, start the lab again"
+        ) from error
+    except BaseException:  # Ctrl-C: nobody waits for runs that nobody wants any more
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -186,6 +196,7 @@ def _work(config: TrainConfig, cell: Cell, conditions: Conditions) -> tuple[dict
 
 
 def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the lab decides
     use_one_core()
     disable_progress_bar()
     parent = os.getppid()
