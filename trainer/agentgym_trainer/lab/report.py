@@ -189,9 +189,9 @@ def _cost_section(report: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     return [
         "<h2>Cost</h2>",
-        f"<p>At lag {report['cost'][0]['lag']}, medians over steps; weight copies beside the model in training, "
-        "counted from what the anchor holds. Runs were not interleaved, and so tiny a model says little: "
-        "<code>python -m benchmarks exact_cost</code> measures cost.</p>",
+        f"<p>At lag {report['cost'][0]['lag']}, seconds are a lower decile over steps; weight copies beside the "
+        "model in training, counted from what the anchor holds. Runs were not interleaved, and so tiny a model says "
+        "little: <code>python -m benchmarks exact_cost</code> measures cost.</p>",
         _table(["anchor", "weight copies", "extra memory MB", "anchor s", "step s", "ratio to resident"], rows),
     ]
 
