@@ -9,7 +9,7 @@ import pytest
 
 from agentgym.errors import InputError
 from agentgym_trainer.lab.cell import Conditions
-from agentgym_trainer.lab.figures import Interval, cost_rows, diagnostic_rows, reward_rows, t_quantile
+from agentgym_trainer.lab.figures import Interval, diagnostic_rows, reward_rows, t_quantile
 from agentgym_trainer.lab.grid import Grid
 from agentgym_trainer.lab.report import HOW_TO_FLOOR, make_report, read_floor, write_report
 
@@ -23,6 +23,17 @@ LAW_F = {
     "figures": {
         name: {key: [0.5, 0.25] for key in (*STEP, "policy/mean_lag")} for name in ("snapshot", "resident")
     },
+}  # fmt: skip
+
+COSTS = {
+    "plan": {"rows": 32, "tokens": 128, "versions": 4, "repetitions": 5},
+    "parameters": 103_552,
+    "costs": [
+        {
+            "case": "stale", "anchor": "snapshot", "weight_copies": 1.0, "extra_mb": 0.41, "step_s": 0.4321,
+            "ratio": 1.23, "cpu_ratio": 1.19, "scored_tokens_ratio": 1.82,
+        },
+    ],
 }  # fmt: skip
 
 
@@ -77,19 +88,21 @@ def test_diagnostics_are_of_stale_tokens() -> None:
     assert [row["policy/active_fraction"] for row in diagnostic_rows(RESULTS)] == pytest.approx([0.9, 0.9])
 
 
-def test_costs_are_the_papers_columns() -> None:
-    snapshot, resident = cost_rows(RESULTS)
-    assert (snapshot["weight_copies"], snapshot["extra_memory_mb"], snapshot["step_s"]) == (1.0, 2.0, 1.5)
-    assert (snapshot["ratio_to_resident"], resident["ratio_to_resident"]) == (1.5, 1.0)
-
-
 def test_the_page_needs_no_other_file_and_shows_every_figure(small_config, tmp_path) -> None:
     grid = Grid((4,), ("snapshot", "resident"), ("token_mask",), (1,), (0, 1, 2))
     command = "agentgym lab staleness --lags 4 'rollout.seed=<1>'"
-    report = make_report(small_config, grid, Conditions(), command, RESULTS, LAW_F, None)
+    report = make_report(small_config, grid, Conditions(), command, RESULTS, LAW_F, None, COSTS)
     page = write_report(tmp_path, report).read_text()
     assert "agentgym lab staleness --lags 4 &#x27;rollout.seed=&lt;1&gt;&#x27;" in page
-    for figure in ("0.0371", "0.940 [0.841, 1.039]", "-0.400 [-0.425, -0.375]", "1.500", HOW_TO_FLOOR):
+    for figure in (
+        "0.0371",
+        "0.940 [0.841, 1.039]",
+        "-0.400 [-0.425, -0.375]",
+        "0.432",
+        "1.19",
+        "103,552",
+        HOW_TO_FLOOR,
+    ):
         assert figure in page
     assert page.count('src="data:image/png;base64,iVBOR') == 4
     assert not re.search(r"(src|href)\s*=\s*[\"']?(?!data:)[a-z/.]", page)
@@ -107,7 +120,9 @@ def test_a_measured_floor_stands_beside_law_f(small_config, tmp_path) -> None:
     (tmp_path / "floor.json").write_text(json.dumps(stored))
     floor = read_floor(tmp_path / "floor.json")
     grid = Grid((4,), ("snapshot", "resident"), ("token_mask",), (1,), (0, 1, 2))
-    page = write_report(tmp_path, make_report(small_config, grid, Conditions(), "x", RESULTS, LAW_F, floor)).read_text()
+    page = write_report(
+        tmp_path, make_report(small_config, grid, Conditions(), "x", RESULTS, LAW_F, floor, COSTS)
+    ).read_text()
     assert "vllm 4.0e-07 on average, 5.0e-06 at most" in page
     assert read_floor(tmp_path / "absent.json") is None
     (tmp_path / "floor.json").write_text("{}")

@@ -29,6 +29,7 @@ from agentgym.errors import ConfigError
 from agentgym.server.models import resolve_model
 from agentgym.trajectory import NO_VERSION, EpisodeStatus, ScoredSequences, TokenSequence
 from agentgym.versions import VersionLog
+from agentgym_trainer.anchors import ANCHORS as KNOWN_ANCHORS
 from agentgym_trainer.anchors import Anchor, Proximal, make_anchor
 from agentgym_trainer.anchors.direct import ResidentAnchor
 from agentgym_trainer.anchors.followed import Passage
@@ -72,9 +73,9 @@ class CostPlan:
     def __post_init__(self) -> None:
         if self.rows < 2 or self.tokens < 16 or self.versions < 1 or self.repetitions < 1:
             raise ConfigError(f"a cost plan needs rows >= 2, tokens >= 16, versions and repetitions >= 1, got {self}")
-        unknown = sorted(set(self.anchors) - set(ANCHORS))
-        if unknown or BASELINE not in self.anchors:
-            raise ConfigError(f"anchors must be of {', '.join(ANCHORS)} and hold {BASELINE}, got {self.anchors}")
+        known = (BASELINE, *KNOWN_ANCHORS)
+        if not set(self.anchors) <= set(known) or BASELINE not in self.anchors:
+            raise ConfigError(f"anchors must be of {', '.join(known)} and hold {BASELINE}, got {self.anchors}")
 
 
 @dataclass(frozen=True, slots=True)

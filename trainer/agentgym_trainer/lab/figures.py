@@ -97,33 +97,6 @@ def diagnostic_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def cost_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The table of the paper: weight copies, extra memory, seconds a step of the runs with the largest lag and their
-    ratio to `resident`, by anchor and updates. Runs are not interleaved, so seconds are a lower decile over steps: what
-    a step took when the machine had nothing else to do."""
-    largest = max(result["cell"]["lag"] for result in results)
-    groups: dict[tuple[int, str], list[Result]] = {}
-    for result in results:
-        if result["cell"]["lag"] == largest:
-            groups.setdefault((result["cell"]["updates"], result["cell"]["anchor"]), []).append(result)
-    seconds = {
-        key: _quiet([step["time/train_s"] for run in runs for step in run["steps"][1:]]) for key, runs in groups.items()
-    }
-    rows = []
-    for (updates, anchor), runs in sorted(groups.items(), key=lambda item: item[0][0]):
-        resident = seconds.get((updates, "resident"))
-        rows.append(
-            {
-                "lag": largest, "updates": updates, "anchor": anchor, "weight_copies": runs[0]["weight_copies"],
-                "extra_memory_mb": runs[0]["weight_copies"] * runs[0]["parameter_mb"],
-                "anchor_s": _quiet([step["time/anchor_s"] for run in runs for step in run["steps"][1:]]),
-                "step_s": seconds[updates, anchor],
-                "ratio_to_resident": seconds[updates, anchor] / resident if resident else None,
-            }
-        )  # fmt: skip
-    return rows
-
-
 def curves(results: Sequence[Result]) -> dict[tuple[int, int, str, str], list[float]]:
     """Reward in training at each step, mean over seeds, by arm."""
     return {
@@ -137,7 +110,3 @@ def curves(results: Sequence[Result]) -> dict[tuple[int, int, str, str], list[fl
 def _late(run: Result) -> float:
     last = [step["reward"] for step in run["steps"]][-max(1, len(run["steps"]) // 4) :]
     return math.fsum(last) / len(last)
-
-
-def _quiet(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 10]

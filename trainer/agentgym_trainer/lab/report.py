@@ -16,7 +16,7 @@ from typing import Any
 from agentgym.errors import InputError
 from agentgym_trainer.lab import plots
 from agentgym_trainer.lab.cell import Conditions
-from agentgym_trainer.lab.figures import cost_rows, curves, diagnostic_rows, reward_rows
+from agentgym_trainer.lab.figures import curves, diagnostic_rows, reward_rows
 from agentgym_trainer.lab.grid import Grid, write_whole
 from agentgym_trainer.settings import TrainConfig
 
@@ -32,9 +32,10 @@ HOW_TO_FLOOR = "python -m benchmarks logprob_conformance --out benchmarks/result
 
 def make_report(
     config: TrainConfig, grid: Grid, conditions: Conditions, command: str, results: Sequence[Mapping[str, Any]],
-    law_f: Mapping[str, Any], floor: Mapping[str, Any] | None,
+    law_f: Mapping[str, Any], floor: Mapping[str, Any] | None, costs: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Every figure of the report. `floor` is that of a real engine (`read_floor`), None where nobody measured it."""
+    """Every figure of the report. `floor` is that of a real engine (`read_floor`), None where nobody measured it;
+    `costs` what `measure_cost` found."""
     return {
         "command": command,
         "made": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
@@ -50,7 +51,7 @@ def make_report(
         "floor": floor,
         "reward": reward_rows(results),
         "diagnostics": diagnostic_rows(results),
-        "cost": cost_rows(results),
+        "cost": costs,
         "curves": [
             {"lag": lag, "updates": updates, "correction": correction, "anchor": anchor, "reward": rewards}
             for (lag, updates, correction, anchor), rewards in curves(results).items()
@@ -179,21 +180,30 @@ def _diagnostics_section(report: Mapping[str, Any]) -> list[str]:
 
 
 def _cost_section(report: Mapping[str, Any]) -> list[str]:
+    measured = report["cost"]
+    plan = measured["plan"]
     rows = [
         [
-            f"{row['anchor']}, updates {row['updates']}", _figure(row["weight_copies"]),
-            f"{row['extra_memory_mb']:.2f}", f"{row['anchor_s']:.3f}", f"{row['step_s']:.3f}",
-            _figure(row["ratio_to_resident"]),
+            f"{row['case']}, {row['anchor']}", f"{row['weight_copies']:.2f}", f"{row['extra_mb']:.2f}",
+            f"{row['step_s']:.3f}", f"{row['ratio']:.2f}", f"{row['cpu_ratio']:.2f}",
+            f"{row['scored_tokens_ratio']:.2f}",
         ]
-        for row in report["cost"]
+        for row in measured["costs"]
     ]  # fmt: skip
     return [
         "<h2>Cost</h2>",
-        f"<p>At lag {report['cost'][0]['lag']}, seconds are a lower decile over steps; weight copies beside the "
-        "model in training, counted from what the anchor holds. Runs were not interleaved, and so tiny a model says "
-        "little: <code>python -m benchmarks exact_cost</code> measures cost.</p>",
-        _table(["anchor", "weight copies", "extra memory MB", "anchor s", "step s", "ratio to resident"], rows),
-    ]
+        f"<p>One optimizer step of the lab's model ({measured['parameters']:,} parameters) on {plan['rows']} rows of "
+        f"up to {plan['tokens']} tokens and one to {plan['versions']} versions, anchors interleaved, medians of "
+        f"{plan['repetitions']}. <code>recompute</code> is the usual inexact way: a forward by the trainer's present "
+        "weights. <code>stale</code>: no token is of the trainer's version; <code>fresh</code>: every row ends with "
+        "such tokens. A model so small spends its time outside its matrices: <code>agentgym lab cost</code> measures a "
+        "larger one.</p>",
+        _table(
+            ["case, anchor", "weight copies", "extra memory MB", "seconds per step", "ratio to recompute", "of CPU s",
+             "scored tokens"],
+            rows,
+        ),
+    ]  # fmt: skip
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:

@@ -6,7 +6,7 @@ Law: every figure of the report is in its JSON, and the folder holds what each o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils.logging import disable_progress_bar
 
 from agentgym.config import load_config
-from agentgym.errors import ConfigError, TrainingError
+from agentgym.errors import CheckpointError, ConfigError, TrainingError
+from agentgym.server.models import resolve_model
 from agentgym_trainer.anchors import RECORDED
 from agentgym_trainer.lab.cell import Cell, Conditions, use_one_core
+from agentgym_trainer.lab.cost import BASELINE, CostPlan, measure_cost
 from agentgym_trainer.lab.distortion import Distortion
 from agentgym_trainer.lab.grid import Finished, Forecast, Grid, LabFolder, run_cells, write_whole
 from agentgym_trainer.lab.report import make_report, read_floor, write_report
@@ -99,8 +101,9 @@ def run_lab(config: TrainConfig, options: LabOptions, console: Console) -> Path:
     if not results:
         raise TrainingError(f"{options.out} holds no result of this grid: " + ("; ".join(failed) or "nothing was run"))
     report = make_report(
-        config, options.grid, options.conditions, options.command, results, law_f, read_floor(options.floor)
-    )
+        config, options.grid, options.conditions, options.command, results, law_f, read_floor(options.floor),
+        _costs(config, options, console),
+    )  # fmt: skip
     page = write_report(options.out, report)
     if failed:
         raise TrainingError(f"{len(failed)} of {len(cells)} runs failed, {page} is of the others: " + "; ".join(failed))
@@ -114,14 +117,40 @@ def _law_f(config: TrainConfig, options: LabOptions, console: Console) -> dict[s
         windows=options.windows, anchors=anchors or StreamPlan().anchors, groups=config.rollout.groups_per_step,
         mismatch=options.conditions.mismatch, seed=min(options.grid.seeds),
     )  # fmt: skip
+
+    def measure() -> dict[str, Any]:
+        console.print("law F: one frozen stream, seen by every anchor", highlight=False)
+        return measure_stream(config, plan, lambda line: console.print(line, markup=False, highlight=False))
+
+    return _remembered(options.out / "law_f.json", plan, measure)
+
+
+def _costs(config: TrainConfig, options: LabOptions, console: Console) -> dict[str, Any]:
+    """Of the lab's own model under the grid's anchors."""
+    folder = resolve_model(config.model.name, config.env.id, min(options.grid.seeds))
+    plan = CostPlan(
+        model=str(folder), anchors=(BASELINE, *options.grid.anchors), rows=32, tokens=128, repetitions=5,
+        publish_dtype=config.trainer.publish_dtype,
+    )  # fmt: skip
+
+    def measure() -> dict[str, Any]:
+        console.print("cost: one optimizer step under each anchor", highlight=False)
+        return measure_cost(plan, lambda line: None)
+
+    measured = _remembered(options.out / "cost.json", plan, measure)
+    return measured | {"plan": measured["plan"] | {"model": config.model.name}}
+
+
+def _remembered(path: Path, plan: Any, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured for this plan, by this lab or one before it in the folder."""
     described = json.loads(json.dumps(asdict(plan)))
-    path = options.out / "law_f.json"
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["plan"] == described:
-            return known["figures"]
-    console.print("law F: one frozen stream, seen by every anchor", highlight=False)
-    figures = measure_stream(config, plan, lambda line: console.print(line, markup=False, highlight=False))
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove it, and it is measured again") from error
+    if known.get("plan") == described:
+        return known["figures"]
+    figures = measure()
     write_whole(path, json.dumps({"plan": described, "figures": figures}) + "\n")
     return figures
 
