@@ -47,6 +47,12 @@ def test_only_recorded_anchors_score_beside_the_step(measured) -> None:
     assert beside == {"old_logit_model", "interrupt"}
 
 
+def test_versions_differ_as_those_of_a_run_do(measured) -> None:
+    log = measured["log"]
+    assert 0.0 < log["changed_fraction"] < 0.3
+    assert 0.0 < log["delta_mb"] < log["full_mb"]
+
+
 def test_the_page_has_a_row_for_every_anchor(measured) -> None:
     page = render_costs(measured, "two cores", "agentgym lab cost --model small")
     assert "`agentgym lab cost --model small` on two cores" in page

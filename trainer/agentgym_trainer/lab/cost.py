@@ -266,9 +266,10 @@ def _publish_some(learner: Learner, log: VersionLog, plan: CostPlan) -> dict[str
     """Versions 0 to `plan.versions + 1`, each an optimizer step from the last, all kept; what one took to record."""
     small = replace(plan, rows=2, tokens=24)
     publish(learner, log)
+    batch = _exact(learner, log, _batch(small, learner.module.config.vocab_size, 0))
     taken = []
     for version in range(plan.versions + 1):
-        learner.learn(_batch(small, learner.module.config.vocab_size, 0), trainer_version=version)
+        learner.learn(batch, trainer_version=version)
         log.hold("lab", range(version + 1))
         publish(learner, log)
         assert log.last is not None, "a version was just recorded"
