@@ -26,9 +26,12 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command line of the pages, comments cut; those in tables too."""
+    """Every command line of the pages, comments cut, continued lines joined; those in tables too."""
     lines = [
-        line.split("  #")[0].strip() for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()
+        line.split("  #")[0].strip()
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     lines += re.findall(r"`((?:agentgym|make) [^`<]+)`", text)
