@@ -47,6 +47,8 @@ def render_costs(measured: Mapping[str, Any], machine: str, command: str) -> str
         "On a CPU weights published as bfloat16 are computed in fp32, so the one scoring copy of `snapshot` is as "
         "large as that of `ewma`; the versions behind it are deltas on disk, not copies:",
         _log_table(log),
+        "`snapshot` also switches its copy from version to version along those deltas, back and forth in each step: a "
+        "cost of every version and not of every token, so it weighs most on a batch as small as this one.",
         "The paper's table (arXiv 2605.12070), for comparison; its snapshots are a ring of five full copies:",
         PAPER,
     ]
