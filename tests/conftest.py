@@ -12,6 +12,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -122,10 +123,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("ci" if in_ci() else "dev")
+    if hasattr(config, "workerinput"):  # workers of xdist ignore Ctrl-C, and what tests start would inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(config, "workerinput"):  # of xdist
         rank = {share: place for place, share in enumerate(_SHARES)}
         items.sort(key=lambda item: rank.get(_share(item.nodeid.partition("::")[0]), len(rank)))
     slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
