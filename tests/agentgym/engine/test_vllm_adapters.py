@@ -18,7 +18,7 @@ from agentgym.engine.vllm_engine import VllmEngine
 from agentgym.engine.vllm_server import VllmServerOptions, _lora_arguments
 from agentgym.engine.vllm_weights import PublishedTensors
 from agentgym.errors import EngineError, InputError
-from agentgym.policy import SamplingParams
+from agentgym.policy import Completion, SamplingParams
 from agentgym.weight_file import save_file
 
 RANK = 4
@@ -45,12 +45,21 @@ def test_an_adapter_is_published_while_requests_run(house: House, mode: PublishM
         probe = house.probe(update.version)
         work = prompts(8)
         streams: list[list[int]] = [[] for _ in work]
-        running = [
-            asyncio.ensure_future(house.policy.complete(prompt, SamplingParams(200, seed=index), hearing(stream)))
-            for index, (prompt, stream) in enumerate(zip(work, streams, strict=True))
-        ]
+        published = False
+
+        async def ask_until_published(index: int) -> list[tuple[list[int], Completion]]:
+            """One request after the other: one is under way at the swap, however long that takes."""
+            ended = []
+            while not published:
+                stream = streams[index] if not ended else []
+                params = SamplingParams(200, seed=index)
+                ended.append((stream, await house.policy.complete(work[index], params, hearing(stream))))
+            return ended
+
+        running = [asyncio.ensure_future(ask_until_published(index)) for index in range(len(work))]
         await begun(streams, 3)
         report = await house.policy.publish(update, mode, probe)
+        published = True
         assert report.probe_off is not None
         assert report.probe_off < TOLERANCE
         late = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
@@ -58,13 +67,14 @@ def test_an_adapter_is_published_while_requests_run(house: House, mode: PublishM
         house.assert_exact([3, 1, 4], late)
         assert house.off(before, [3, 1, 4], late).max() > 0.1  # an adapter that does something
         split = 0
-        for prompt, stream, completion in zip(work, streams, await asyncio.gather(*running), strict=True):
-            assert stream == list(completion.token_ids)
-            assert completion.kv_versions == completion.policy_versions
-            house.assert_exact(prompt, completion)
-            split += set(completion.policy_versions) == {before, update.version}
-            assert mode == "abort" or set(completion.policy_versions) == {before}
-        assert split == (len(work) if mode == "abort" else 0)
+        for prompt, ended in zip(work, await asyncio.gather(*running), strict=True):
+            for stream, completion in ended:
+                assert stream == list(completion.token_ids)
+                assert completion.kv_versions == completion.policy_versions
+                house.assert_exact(prompt, completion)
+                split += set(completion.policy_versions) == {before, update.version}
+                assert mode == "abort" or len(set(completion.policy_versions)) == 1
+        assert split >= len(work) // 2 if mode == "abort" else split == 0
 
     house.run(main())
 
