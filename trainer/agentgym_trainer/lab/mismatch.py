@@ -28,6 +28,7 @@ from agentgym_trainer.publish import published_weights
 PERTURBATION = 0.02  # of each tensor's standard deviation, for the weights that are published
 _RANDOM_PROMPT = 160  # tokens of the longest, where no environment is at hand
 _SHORT_REPLY = 16
+_PUBLICATIONS = 5  # tried, until one meets a reply under way
 _CROWD = 4
 CONVERSATION = ({"role": "user", "content": "Say  one word.\n"}, {"role": "assistant", "content": " Two words. "},
                 {"role": "user", "content": "And now?"})  # fmt: skip
@@ -163,9 +164,10 @@ class _Lab:
             return
         report("publishing other weights while it samples")
         changed = perturbed(self._weights[0], self._questions.seed)
-        version, rows = self._through_publication(self._engine, changed)
+        before, version, rows = self._through_publication(self._engine, changed)
+        self._weights[before] = self._weights[0]
         self._weights[version], self._names[version] = changed, "the weights published while it sampled"
-        yield self._phase("before a publication", rows, 0, 1.0, older)
+        yield self._phase("before a publication", rows, before, 1.0, older)
         yield self._phase("behind it, in the same replies", rows, version, 1.0, (0,))
         report("sampling from the same prompts under the new weights")
         yield self._phase("prompts seen before it", self._sample(1.0), version, 1.0, (0,))
@@ -176,14 +178,21 @@ class _Lab:
 
     def _through_publication(
         self, engine: ServedEngine, changed: Mapping[str, np.ndarray]
-    ) -> tuple[int, list[TokenSequence]]:
+    ) -> tuple[int, int, list[TokenSequence]]:
+        """The version before, the one behind, and rows that have tokens of both. Where no reply was under way at the
+        publication, the first weights come back, and it is tried again."""
         questions = self._questions
         mean_reply = np.mean([sum(row.loss_mask) for row in self._sampled])
         crowd = self._prompts * (_CROWD if mean_reply < _SHORT_REPLY else 1)  # of short replies, more are under way
-        version, rows = engine.sample_through_publication(crowd, questions.num_tokens, questions.seed, changed)
-        if not rows:
-            raise ServiceError("no reply was under way at the publication; try again, or ask for more prompts")
-        return version, rows
+        before = 0
+        for _ in range(_PUBLICATIONS):
+            version, rows = engine.sample_through_publication(crowd, questions.num_tokens, questions.seed, changed)
+            if rows:
+                return before, version, rows
+            before = engine.publish(self._weights[0])
+        raise ServiceError(
+            f"no reply was under way at any of {_PUBLICATIONS} publications; ask for more prompts or longer replies"
+        )
 
     def _phase(
         self, name: str, rows: Sequence[TokenSequence], version: int, asked: float, older: Sequence[int]

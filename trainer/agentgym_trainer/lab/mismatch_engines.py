@@ -90,6 +90,12 @@ class ServedEngine:
                     break
         return rows
 
+    def publish(self, weights: Mapping[str, np.ndarray]) -> int:
+        """Serves `weights` from now on; returns their version."""
+        version = self._log.append(weights)
+        self._client.publish(version, self._log.path(version))
+        return version
+
     def sample_through_publication(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, seed: int, weights: Mapping[str, np.ndarray]
     ) -> tuple[int, list[TokenSequence]]:
