@@ -47,6 +47,7 @@ def test_every_old_logprob_is_that_of_its_own_version(tmp_path, anchor):
     assert not [p for p in psutil.Process().children(recursive=True) if "scorer_process" in " ".join(p.cmdline())]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_of_an_interruption(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
