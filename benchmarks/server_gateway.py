@@ -90,7 +90,9 @@ async def _measure(url: str, folder: Path, quick: bool) -> dict[str, object]:
     renderer = load_renderer(folder)
     words = tuple(word for word in ("up", "down", "left", "right", "goal", "hole", "0", "1", "2", "3"))
     # vLLM ends a connection that was idle for 5 s: ours are given up before
-    limits = httpx.Limits(_CONCURRENT, _CONCURRENT, keepalive_expiry=2.0)
+    limits = httpx.Limits(
+        max_connections=_CONCURRENT, max_keepalive_connections=_CONCURRENT, keepalive_expiry=2.0
+    )  # fmt: skip
     transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits)
     async with (
         httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=300) as vllm,
