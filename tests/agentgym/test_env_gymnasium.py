@@ -21,18 +21,16 @@ class Diary(ToolEnv):
 
     reward_weights = {"good": 2.0}  # noqa: RUF012
 
-    def reset_task(self, task: str, rng: np.random.Generator) -> list[Message]:
-        self.log: list[str] = []
-        return [Message("system", "Be good."), Message("user", "Begin.")]
+    def reset_task(self, task: str, rng: np.random.Generator) -> str:
+        return "Begin."
 
     @tool
     def note(self, text: str) -> None:
         """Write down."""
-        self.log.append(text)
 
     @tool
-    def stop(self, good: float = 1.0) -> str:
-        self.finish(good=good)
+    def stop(self) -> str:
+        self.finish(good=1.0)
         return "over"
 
 

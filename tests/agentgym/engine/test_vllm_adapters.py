@@ -72,8 +72,13 @@ def test_an_adapter_is_published_while_requests_run(house: House, mode: PublishM
                 assert stream == list(completion.token_ids)
                 assert completion.kv_versions == completion.policy_versions
                 house.assert_exact(prompt, completion)
-                split += set(completion.policy_versions) == {before, update.version}
-                assert mode == "abort" or len(set(completion.policy_versions)) == 1
+                versions = set(completion.policy_versions)
+                assert versions <= {before, update.version}
+                assert mode == "abort" or len(versions) == 1
+                split += len(versions) == 2
+            spans = [version for _, completion in ended for version in completion.policy_versions]
+            assert spans == sorted(spans), "versions only go up"
+            assert spans[0] == before
         assert split >= len(work) // 2 if mode == "abort" else split == 0
 
     house.run(main())

@@ -6,8 +6,9 @@ Law: a fallback is asked for by name and counted; an exact token beside it stays
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,29 @@ class Patched:
         """As Resolvable.resolve."""
         exact = self.exact.resolve(policy_logprobs)
         return torch.where(self.missing, self.fallback.resolve(policy_logprobs).to(exact.dtype), exact)
+
+
+class WithFallback:
+    """An exact anchor's dealings with the one that may stand in: its state is all the state there is, and it follows
+    what is published whether it is needed or not."""
+
+    def __init__(self, fallback: Anchor | None) -> None:
+        self._fallback = fallback
+        self._counts: dict[str, float] = {}  # of the last batch
+
+    def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
+        if self._fallback is not None:
+            self._fallback.published(version, active_fraction=active_fraction, mean_lag=mean_lag)
+
+    def metrics(self) -> dict[str, float]:
+        return self._counts | (self._fallback.metrics() if self._fallback is not None else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._fallback.state_dict() if self._fallback is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._fallback is not None:
+            self._fallback.load_state_dict(state)
 
 
 def patch(

@@ -8,8 +8,7 @@ forward where that computes the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from agentgym.errors import InputError
 from agentgym.trajectory import NO_VERSION
-from agentgym_trainer.anchors.fallback import count_exact, patch
+from agentgym_trainer.anchors.fallback import WithFallback, count_exact, patch
 from agentgym_trainer.anchors.protocol import Anchor, Proximal, Resolvable
 from agentgym_trainer.anchors.records import MissingLogprobsError, OldLogprobs, RecordStore, runs_of
 from agentgym_trainer.batch import PADDING_ROW, MicroBatch
@@ -26,7 +25,7 @@ from agentgym_trainer.logprobs import logprob_dtype
 SHOWN = 3  # missing runs that an error names
 
 
-class RecordedAnchor:
+class RecordedAnchor(WithFallback):
     """Exact by `records`, which whoever scores fills. `why` says where a missing record should have come from."""
 
     def __init__(self, name: str, model: nn.Module, why: str, fallback: Anchor | None = None) -> None:
@@ -34,8 +33,7 @@ class RecordedAnchor:
         self._dtype = logprob_dtype(model)
         self.records = RecordStore(np.float64 if self._dtype == torch.float64 else np.float32)
         self._why = why
-        self._fallback = fallback
-        self._counts: dict[str, float] = {}
+        super().__init__(fallback)
 
     def begin_batch(self, records: Sequence[OldLogprobs]) -> None:
         """The records of the next batch, and of it alone."""
@@ -90,17 +88,3 @@ class RecordedAnchor:
             ]
         device = batch.loss_mask.device
         return logprobs.to(device), lacking.to(device)
-
-    def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
-        if self._fallback is not None:
-            self._fallback.published(version, active_fraction=active_fraction, mean_lag=mean_lag)
-
-    def metrics(self) -> dict[str, float]:
-        return self._counts | (self._fallback.metrics() if self._fallback is not None else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._fallback.state_dict() if self._fallback is not None else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._fallback is not None:
-            self._fallback.load_state_dict(state)

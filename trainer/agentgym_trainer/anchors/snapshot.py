@@ -8,14 +8,13 @@ Versions are visited newest first: the next one is a step back along the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from agentgym.errors import VersionError
-from agentgym_trainer.anchors.fallback import count_exact, patch
+from agentgym_trainer.anchors.fallback import WithFallback, count_exact, patch
 from agentgym_trainer.anchors.prefixes import gather, plan_prefixes, scatter
 from agentgym_trainer.anchors.protocol import Anchor, Proximal, Resolvable, VersionSource, require_finite
 from agentgym_trainer.anchors.scoring import ScoringModel
@@ -23,7 +22,7 @@ from agentgym_trainer.batch import MicroBatch
 from agentgym_trainer.logprobs import logprob_dtype, token_logprobs, unwrap
 
 
-class SnapshotAnchor:
+class SnapshotAnchor(WithFallback):
     """Exact. With `fallback`, the `auto` anchor: tokens of versions that the log has not are scored by the fallback
     and counted (`anchor/num_fallbacks`); without it they raise VersionError."""
 
@@ -34,9 +33,8 @@ class SnapshotAnchor:
         self._model = model
         self._temperature = temperature
         self._versions = versions
-        self._fallback = fallback
+        super().__init__(fallback)
         self._scoring = ScoringModel(model, temperature)
-        self._counts: dict[str, float] = {}
 
     @torch.no_grad()
     def proximal(
@@ -92,20 +90,6 @@ class SnapshotAnchor:
             scatter(scored, prefixes, masks, logprobs)
             num_tokens += part.num_tokens
         return num_tokens
-
-    def published(self, version: int, *, active_fraction: float, mean_lag: float) -> None:
-        if self._fallback is not None:
-            self._fallback.published(version, active_fraction=active_fraction, mean_lag=mean_lag)
-
-    def metrics(self) -> dict[str, float]:
-        return self._counts | (self._fallback.metrics() if self._fallback is not None else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._fallback.state_dict() if self._fallback is not None else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._fallback is not None:
-            self._fallback.load_state_dict(state)
 
 
 def _is_of(policy_versions: Tensor, versions: set[int]) -> Tensor:
