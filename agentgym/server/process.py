@@ -198,6 +198,9 @@ def listen(section: ServerSection) -> socket.socket:
         listener = socket.create_server((section.host, section.port), family=family, backlog=1024)
     except OSError as error:
         raise UnavailableError(f"cannot listen on {section.host}:{section.port}: {error}; choose another") from error
+    # What is accepted inherits it. asyncio sets it only where a socket names its protocol, which this one does not; and
+    # an answer of two writes, head and body, then waits 40 ms for the caller's delayed acknowledgement of the first.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setblocking(False)
     return listener
 

@@ -17,6 +17,8 @@ from outside_agents import slow
 
 from agentgym.server.connection import ConnectionLimits
 from agentgym.server.door import Limits
+from agentgym.server.process import listen
+from agentgym.server.settings import ServerSection
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n"
 ENDLESS = b"GET /health/ready HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 10_000
@@ -168,3 +170,12 @@ def test_an_answer_that_nobody_reads_is_given_up(limited: Callable[..., Any]) ->
             while part := connection.recv(1 << 20):
                 read += len(part)
         assert read < 400 * len(httpx.get(f"{server.url}/openapi.json").content)
+
+
+def test_an_answer_never_waits_for_the_acknowledgement_of_its_head() -> None:
+    listener = listen(ServerSection(port=0))
+    with closing(listener), closing(socket.create_connection(listener.getsockname())):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with closing(accepted):
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
