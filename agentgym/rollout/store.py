@@ -6,6 +6,7 @@ Law: a file is there whole or not at all; a disk that is full is said, not swall
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,13 +78,27 @@ class TrajectoryStore:
         self._lines.clear()
 
 
+def _decode(line: bytes) -> Trajectory:
+    """JSON has no nan: a logprob that an engine did not give is written as null, and read back as nan."""
+    try:
+        return _decoder.decode(line)
+    except msgspec.ValidationError:
+        match found := msgspec.json.decode(line):
+            case {"turns": [*turns]}:
+                for turn in turns:
+                    match turn:
+                        case {"completion": {"logprobs": [*logprobs]} as completion}:
+                            completion["logprobs"] = [math.nan if value is None else value for value in logprobs]
+        return msgspec.convert(found, Trajectory)
+
+
 def read_trajectories(path: Path) -> Iterable[Trajectory]:
     """The trajectories of one step's file, one after the other. Raises InputError naming the line that is not one."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    yield _decoder.decode(line)
+                    yield _decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise InputError(f"{path} line {number} is not a trajectory: {error}") from error
     except OSError as error:

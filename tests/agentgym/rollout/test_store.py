@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -37,6 +39,19 @@ def test_one_file_a_step_one_line_a_trajectory(tmp_path: Path) -> None:
     assert list(read_trajectories(step_file(tmp_path, 13))) == [FAILED]
 
 
+def test_a_logprob_that_is_no_number_comes_back_as_nan(tmp_path: Path) -> None:
+    """JSON has none; such a token is dropped from the loss and counted, and its trajectory can be looked at."""
+    completion = Completion((3, 4, 5), (-0.25, math.nan, -math.inf), (1,) * 3, (0,) * 3, "stop")
+    store = TrajectoryStore(tmp_path)
+    store.put(dataclasses.replace(GOOD, turns=(TURN, dataclasses.replace(TURN, completion=completion))))
+    store.write(1)
+    (read,) = read_trajectories(step_file(tmp_path, 1))
+    assert read.turns[0] == TURN
+    first, *broken = read.turns[1].completion.logprobs
+    assert first == -0.25
+    assert all(math.isnan(value) for value in broken)
+
+
 def test_a_second_batch_of_a_step_is_appended_and_an_earlier_runs_file_is_replaced(tmp_path: Path) -> None:
     for _ in range(2):
         store = TrajectoryStore(tmp_path)
@@ -68,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file_and_keeps_the_lines(
     assert list(read_trajectories(step_file(tmp_path, 1))) == [GOOD, FAILED]
 
 
-@pytest.mark.parametrize("line", ["{}", "not json", '{"trajectory_id": 3}'])
+@pytest.mark.parametrize("line", ["{}", "not json", '{"trajectory_id": 3}', '{"turns": [null]}', "3"])
 def test_what_is_no_trajectory_is_named_by_its_line(tmp_path: Path, line: str) -> None:
     store = TrajectoryStore(tmp_path)
     store.put(GOOD)
