@@ -29,7 +29,7 @@ from agentgym.messages import Message
 from agentgym.policy import SamplingParams
 from agentgym.rollout.feed import FeedPage
 from agentgym.rollout.live_feed import LiveFeed
-from agentgym.server.wire import PauseReport
+from agentgym.server.wire import PauseReport, Piece
 from agentgym.trajectory import EpisodeStatus, ScoredSequences, TokenSequence, Trajectory, Turn, to_sequences
 from agentgym.versions import VersionLog, VersionReader
 from agentgym_trainer.anchors import make_anchor
@@ -396,3 +396,30 @@ def test_a_scorer_that_cannot_start_ends_the_wait(open_world: Callable[[int], Wo
         pytest.raises(TrainingError, match=r"the scorer cannot score: model\.name: .*no-model does not hold a causal"),
     ):
         scorer.collect(world.take(2), None, timeout_s=60.0)
+
+
+class TwoPages:
+    """A feed of which the first page ends within what was sampled under version 1, while version 2 is served."""
+
+    @contextlib.contextmanager
+    def another(self) -> Iterator[TwoPages]:
+        yield self
+
+    def feed(self, cursor: int = 0, max_tokens: int = 65_536) -> FeedPage:
+        begins = Piece("t", 0, 0, 0, (1, 2, 3), (-1, 1, 1), False)
+        goes_on = Piece("t", 0, 0, 3, (4, 5), (1, 2), False)
+        rest = ((begins,), (goes_on,), ())[cursor]
+        return FeedPage(min(cursor + 1, 2), rest, None if cursor == 0 else ("t",), 2, None)
+
+
+def test_a_version_is_scored_in_one_piece_however_the_feed_s_pages_cut_it(tmp_path: Path) -> None:
+    settings = ScorerSettings("no-model", str(tmp_path), "{}", "cpu")  # nothing is started: the test takes the job
+    scorer = OldLogitModel(settings, tmp_path / "scorer.log", queue_tokens=20, poll_s=0.001)
+    scorer.follow(TwoPages())
+    try:
+        while (job := scorer._next_job()) is None:
+            pass
+    finally:
+        scorer.__exit__()
+    (passage,) = job.passages
+    assert (passage.version, passage.token_ids, passage.ranges) == (1, (1, 2, 3, 4), ((1, 4),))

@@ -84,6 +84,11 @@ def test_each_token_is_scored_by_its_own_version(
     check_exact(anchor, models, build_micro_batches(make_rows(LENGTHS), max_tokens=max_tokens), reuse)
     # newest first, one load a version; the trainer's own is not loaded, one without tokens neither
     assert source.reads == [3, 2, 1]
+    # the next batch begins at the end where the copy was left: version 1 is there still
+    check_exact(anchor, models, build_micro_batches(make_rows(LENGTHS), max_tokens=max_tokens), reuse)
+    assert source.reads == [3, 2, 1, 2, 3]
+    check_exact(anchor, models, build_micro_batches(make_rows(LENGTHS), max_tokens=max_tokens), reuse)
+    assert source.reads == [3, 2, 1, 2, 3, 2, 1]
 
 
 def test_reused_tokens_are_left_to_the_policy_forward(models: dict[int, LlamaForCausalLM], make_rows: MakeRows) -> None:

@@ -203,11 +203,11 @@ class OldLogitModel:
                         for piece in page.pieces:
                             if piece.generation:
                                 self._generations[piece.trajectory_id] = piece.generation
-                        if page.live is not None:
-                            self._forget_gone()
+                        if page.live is None:  # more of the same version may follow, and it is scored in one piece
+                            continue
+                        self._forget_gone()
                         self._hand_out(page.policy_version)
-                        if page.live is not None:
-                            self._changed.wait_for(lambda: self._closing, self._poll_s)
+                        self._changed.wait_for(lambda: self._closing, self._poll_s)
         except AgentGymError as error:
             self._fail(error)
 

@@ -53,6 +53,11 @@ class ScoringModel:
         assert self._scratch is not None, "load() comes before module"
         return self._scratch
 
+    @property
+    def version(self) -> int | None:
+        """Of the weights last loaded; None before, and where a failure left weights of no version."""
+        return self._version
+
     def bring(self, versions: VersionSource, version: int) -> None:
         """Makes `version` the weights that score: along the deltas where they lead there, else by a full copy. Raises
         VersionError if `versions` has it not, or not whole."""
@@ -99,7 +104,9 @@ class ScoringModel:
             bits = torch.from_numpy(patch.bits.astype(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
             shift = self._shifts[name]
             assert shift is not None, "bring() switches only what can be"
-            target[torch.from_numpy(patch.indices).to(target.device)] ^= bits << shift
+            indices = torch.from_numpy(patch.indices).to(target.device)
+            # as `target[indices] ^= bits << shift`, in a third of its time on a CPU
+            target.scatter_(0, indices, target.gather(0, indices) ^ (bits << shift))
 
     @torch.no_grad()
     def score(self, micro_batch: MicroBatch) -> Tensor:

@@ -3,7 +3,8 @@ falls back where a version is gone. Must never know the loss.
 
 Law: a token sampled under version v is scored by the published weights of v. Only rows that hold v-tokens, only up to
 their last v-token, go through a forward for v; the version that equals the trainer's present weights is not loaded.
-Versions are visited newest first: the next one is a step back along the log.
+Versions are visited in order, from the end that is nearer to the weights that the last batch left in the copy: each is
+then a step along the log.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class SnapshotAnchor(WithFallback):
         present = {int(v) for batch in micro_batches for v in batch.policy_versions[batch.loss_mask].unique()}
         gone: set[int] = set()
         num_scored_tokens = 0
-        for version in sorted(present, reverse=True):  # each next one is a delta or a few further back
+        for version in _in_order(present, self._scoring.version):
             if version == trainer_version and reuse_policy:
                 continue
             if version != trainer_version and not self._load(version):
@@ -90,6 +91,14 @@ class SnapshotAnchor(WithFallback):
             scatter(scored, prefixes, masks, logprobs)
             num_tokens += part.num_tokens
         return num_tokens
+
+
+def _in_order(versions: set[int], at: int | None) -> list[int]:
+    """From the end that is nearer to `at`, which may lie anywhere; newest first where that is all one."""
+    newest_first = sorted(versions, reverse=True)
+    if at is not None and versions and abs(at - newest_first[-1]) < abs(at - newest_first[0]):
+        return newest_first[::-1]
+    return newest_first
 
 
 def _is_of(policy_versions: Tensor, versions: set[int]) -> Tensor:
