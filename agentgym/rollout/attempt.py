@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 
 from agentgym.rollout.batch import CollectorSettings
+from agentgym.rollout.correction import Correction
 from agentgym.rollout.episode import EpisodePlan
 from agentgym.rollout.schedule import ScheduledTask
 
@@ -18,7 +19,7 @@ class Attempt:
     Example: the second try at the third member of group g-000004 is trajectory "g-000004.2r1".
     """
 
-    task: ScheduledTask
+    task: ScheduledTask | Correction
     group_id: str
     member: int
     retry: int = 0
@@ -40,4 +41,5 @@ class Attempt:
             self.task.seed,
             sampling_seed=zlib.crc32(f"{settings.seed} {self.trajectory_id}".encode()),
             temperature=settings.temperature,
+            correction=self.task if isinstance(self.task, Correction) else None,
         )

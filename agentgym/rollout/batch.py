@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentgym.rollout.buffer import ReadyGroup
+from agentgym.rollout.cipo import CipoSection
+from agentgym.rollout.correction import Correction
 from agentgym.rollout.schedule import ScheduledTask
 
 
@@ -24,6 +26,7 @@ class CollectorSettings:
     stall_warning_s: float = 30.0
     seed: int = 0
     drop_zero_variance: bool = False
+    cipo: CipoSection | None = None
 
 
 class Outside(Protocol):
@@ -51,7 +54,7 @@ class CollectedBatch:
     """A batch as the service has it: whole trajectories. `tasks` are parallel to `groups`."""
 
     groups: tuple[ReadyGroup, ...]
-    tasks: tuple[ScheduledTask | OutsideTask, ...]
+    tasks: tuple[ScheduledTask | Correction | OutsideTask, ...]
     metrics: Mapping[str, float]
     live_versions: tuple[int, ...]
     data_position: Mapping[str, Any]

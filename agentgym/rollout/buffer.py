@@ -114,6 +114,10 @@ class GroupBuffer:
     def num_ready(self) -> int:
         return len(self._ready)
 
+    def ready(self, group_id: str) -> ReadyGroup | None:
+        """The group of that name, if it is complete and waits for its batch."""
+        return self._ready[group_id][1] if group_id in self._ready else None
+
     @property
     def num_unconsumed(self) -> int:
         """Groups started and not yet consumed, those in training included."""

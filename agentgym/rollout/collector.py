@@ -19,15 +19,18 @@ from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import Probe, WeightUpdate
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, EnvError, InputError, NotNowError, ServiceError
 from agentgym.render.protocol import Renderer
+from agentgym.rollout.agenda import Agenda
 from agentgym.rollout.attempt import Attempt
 from agentgym.rollout.batch import CollectedBatch, CollectorSettings, Outside, OutsideTask
 from agentgym.rollout.buffer import Discard, DiscardReason, GroupBuffer, ReadyGroup
+from agentgym.rollout.cipo import Corrections
+from agentgym.rollout.correction import Correction, prove_prompts
 from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.episode import EpisodePlan, EpisodeProgress, describe_stall, run_episode
 from agentgym.rollout.limits import EpisodeLimits
 from agentgym.rollout.live_feed import LiveFeed
 from agentgym.rollout.sampler import Sampler
-from agentgym.rollout.schedule import Schedule, ScheduledTask
+from agentgym.rollout.schedule import Schedule
 from agentgym.rollout.shares import Shares
 from agentgym.rollout.store import TrajectoryStore
 from agentgym.rollout.summary import StepCounts, summarize
@@ -61,7 +64,12 @@ class Collector:
         self._policy = policy
         self._sampler = Sampler(policy)
         self._limits = limits
-        self._schedule = schedule
+        corrections = None
+        if settings.cipo is not None and environments is not None and schedule is not None:
+            prove_prompts(renderer, environments.tools)
+            most = settings.cipo.max_original_tokens or limits.max_episode_tokens // 2
+            corrections = Corrections(settings.cipo, settings.max_staleness, most)
+        self._agenda = Agenda(schedule, corrections)
         self._store = store
         self._buffer = GroupBuffer(
             settings.group_size, settings.groups_per_step, settings.max_staleness,
@@ -70,7 +78,6 @@ class Collector:
         self.feed = LiveFeed(policy)
         self._shares = Shares(self._buffer.most_groups)
         self._outside: Outside | None = None
-        self._tasks: dict[str, ScheduledTask | OutsideTask] = {}  # of groups neither consumed nor discarded
         self._waiting: deque[Attempt] = deque()
         self._running: dict[asyncio.Task[None], tuple[str, EpisodeProgress]] = {}
         self._collecting = False
@@ -120,12 +127,12 @@ class Collector:
             return str(self._broken)
         ready, needed = self._buffer.num_ready, self.settings.groups_per_step
         sessions = f"; sessions: {self._outside.waiting_for()}" if self._outside else ""
-        if self._schedule is None:
+        if not self._agenda.has_schedule:
             return f"{ready} of {needed} groups ready{sessions or '; no sessions'}{self._paused()}"
         phases = Counter(progress.phase for _, progress in self._running.values())
         doing = ", ".join(f"{count} {phase}" for phase, count in phases.most_common()) or "none running"
         idle = f"; none has finished for {quiet:.0f} s" if (quiet := time.monotonic() - self._last_end) > 5 else ""
-        episodes = f"episodes: {doing}{idle if self._running else ''}{sessions if self._opened() else ''}"
+        episodes = f"episodes: {doing}{idle if self._running else ''}{sessions if self._agenda.num_outside else ''}"
         return f"{ready} of {needed} groups ready; {episodes}{self._alike()}{self._paused()}"
 
     def _alike(self) -> str:
@@ -148,12 +155,9 @@ class Collector:
 
     def restore(self, data_position: Mapping[str, Any]) -> None:
         """Continues a saved data order. Raises InputError once a group was started."""
-        if self._tasks or self.episodes:
+        if self._agenda.num_groups or self.episodes:
             raise InputError("the data position must be restored before collecting starts")
-        if self._schedule is not None:
-            self._schedule.restore(data_position)
-        elif data_position:
-            raise InputError("the saved data position belongs to a run on its environment, and outside agents play")
+        self._agenda.restore(data_position)
 
     async def take(self, trainer_version: int, timeout_s: float, step: int) -> CollectedBatch | None:
         """The next batch, stored as the trajectories of `step`, or None if there is none within `timeout_s`.
@@ -172,7 +176,7 @@ class Collector:
                 if self._broken is not None:
                     raise self._broken
                 self._fill()
-                if self._schedule is None:
+                if not self._agenda.has_schedule:
                     await self._check_engine()
                 if self._closed:
                     raise ServiceError("the rollout service is ending")
@@ -210,15 +214,15 @@ class Collector:
         begin: whoever asks again later gets in."""
         if not self._collecting or self._closed:
             raise NotNowError("collecting is paused: the trainer has not begun, or is done; open a session later")
-        shares = self._schedule is not None
-        if not self._buffer.may_start or (shares and not self._shares.may_open(self._opened())):
+        shares = self._agenda.has_schedule
+        if not self._buffer.may_start or (shares and not self._shares.may_open(self._agenda.num_outside)):
             self._shares.refused()
             raise NotNowError(
                 f"{self._buffer.num_unconsumed} groups are started and not trained on yet, as many as "
                 "rollout.max_staleness allows; finish those that are open, or open a session later"
             )
         self._buffer.start(group_id, self._policy.policy_version, awaited=False)
-        self._tasks[group_id] = OutsideTask(task_id, seed)
+        self._agenda.begin_outside(group_id, OutsideTask(task_id, seed))
 
     def put(self, trajectory: Trajectory) -> None:
         """An episode that ended with a score."""
@@ -277,15 +281,13 @@ class Collector:
             self._start(self._waiting.popleft())
 
     def _begin_group(self) -> bool:
-        if self._schedule is None or not self._collecting or not self._buffer.may_start:
+        if not self._agenda.has_schedule or not self._collecting or not self._buffer.may_start:
             return False
-        if not self._shares.may_play(len(self._tasks) - self._opened()):
+        if not self._shares.may_play(self._agenda.num_groups - self._agenda.num_outside):
             return False
-        task = self._schedule.next()
-        group_id = f"g-{task.index:06d}"
-        self._buffer.start(group_id, self._policy.policy_version)
-        self._tasks[group_id] = task
-        self._waiting.extend(Attempt(task, group_id, member) for member in range(self.settings.group_size))
+        task = self._agenda.begin(self._policy.policy_version)
+        self._buffer.start(task.group_id, self._policy.policy_version)
+        self._waiting.extend(Attempt(task, task.group_id, member) for member in range(self.settings.group_size))
         return True
 
     def _start(self, attempt: Attempt) -> None:
@@ -333,6 +335,7 @@ class Collector:
         if trajectory.status is not EpisodeStatus.FAILED:
             self.feed.end(trajectory.trajectory_id, trajectory.group_id, to_sequences(trajectory))
         discard = self._buffer.put(trajectory, self._policy.policy_version)
+        self._agenda.see(trajectory, self._buffer.ready(trajectory.group_id))
         if discard is not None:
             self._discard(discard)
         self._changed.set()
@@ -352,18 +355,7 @@ class Collector:
         self.discarded[discard.reason.value] += 1
         self._step.discarded[discard.reason.value] += 1
         self.feed.forget_group(discard.group_id)
-        self._settle(discard.group_id)
-
-    def _settle(self, group_id: str) -> ScheduledTask | OutsideTask:
-        """The task of a group that is dealt with; it will not come again after a restart."""
-        task = self._tasks.pop(group_id)
-        if isinstance(task, ScheduledTask) and self._schedule is not None:
-            self._schedule.finish(task.index)
-        return task
-
-    def _opened(self) -> int:
-        """Groups of outside agents that are neither in training nor discarded."""
-        return sum(isinstance(task, OutsideTask) for task in self._tasks.values())
+        self._agenda.settle(discard.group_id)
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         trajectory_id, _ = self._running.pop(task)
@@ -383,13 +375,15 @@ class Collector:
                 self._store.put(member)
         self._store.write(step)
         self.feed.forget(member.trajectory_id for group in groups for member in group.members)
-        tasks = tuple(self._settle(group.group_id) for group in groups)
+        tasks = tuple(self._agenda.settle(group.group_id) for group in groups)
         counts, self._step = self._step, StepCounts()
         self._fill()
-        outside = [group for group, task in zip(groups, tasks, strict=True) if isinstance(task, OutsideTask)]
-        metrics = summarize(groups, trainer_version, counts, outside)
-        position = {} if self._schedule is None else self._schedule.state()
-        return CollectedBatch(groups, tasks, metrics, self.live_versions(), position)
+        outside, revised = (
+            [group for group, task in zip(groups, tasks, strict=True) if isinstance(task, kind)]
+            for kind in (OutsideTask, Correction)
+        )
+        metrics = summarize(groups, trainer_version, counts, outside, revised) | self._agenda.figures(tasks, groups)
+        return CollectedBatch(groups, tasks, metrics, self.live_versions(), self._agenda.position())
 
     async def _watch(self) -> None:
         """Says in the log what every episode waits for when none has finished for too long."""

@@ -20,6 +20,7 @@ from agentgym.messages import Message
 from agentgym.policy import Completion, Policy, SamplingParams
 from agentgym.render.protocol import Renderer
 from agentgym.rewards import Score
+from agentgym.rollout.correction import Correction
 from agentgym.rollout.environments import EnvironmentPool
 from agentgym.rollout.limits import EpisodeLimits
 from agentgym.trajectory import EpisodeStatus, Trajectory, Turn
@@ -43,6 +44,7 @@ class EpisodePlan:
     seed: int
     sampling_seed: int
     temperature: float = 1.0
+    correction: Correction | None = None  # what it corrects; None: it plays the task as it is
 
 
 class EpisodeProgress:
@@ -101,7 +103,7 @@ async def run_episode(
         env = await environments.acquire()
         status, score = await episode.play(env)
         fit = True
-        return episode.trajectory(status, score, None)
+        return episode.trajectory(status, plan.correction.score(score) if plan.correction else score, None)
     except Exception as error:  # noqa: BLE001 - the one place: a bad episode is data
         return episode.trajectory(EpisodeStatus.FAILED, None, f"{type(error).__name__}: {error}")
     finally:
@@ -141,7 +143,7 @@ class _Episode:
     async def play(self, env: AgentEnv) -> tuple[EpisodeStatus, Score]:
         options = {"task": self.plan.task_id}
         opening, _ = await self._call("reset", env, lambda: env.reset(seed=self.plan.seed, options=options))
-        self.opening = tuple(opening)
+        self.opening = self.plan.correction.opening(opening) if self.plan.correction else tuple(opening)
         prompt_ids = self.renderer.render(self.opening, env.tools)
         while self._may_go_on(len(prompt_ids)):
             completion = await self._sample(prompt_ids)

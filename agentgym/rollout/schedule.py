@@ -21,6 +21,10 @@ class ScheduledTask:
     task_id: str
     seed: int
 
+    @property
+    def group_id(self) -> str:
+        return f"g-{self.index:06d}"
+
 
 class Schedule:
     """An endless order over `task_ids`: a fresh permutation of all of them each epoch.

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from agentgym.rewards import Score
 from agentgym.rollout.buffer import DiscardReason, ReadyGroup
 from agentgym.trajectory import EpisodeStatus, Trajectory
 
@@ -27,16 +28,21 @@ class StepCounts:
     began: float = field(default_factory=time.monotonic)
 
 
+def is_success(score: Score) -> bool:
+    return score.valid and score.value >= SUCCESS - 1e-9
+
+
 def succeeded(trajectory: Trajectory) -> bool:
-    score = trajectory.score
-    return score is not None and score.valid and score.value >= SUCCESS - 1e-9
+    return trajectory.score is not None and is_success(trajectory.score)
 
 
 def summarize(
-    groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCounts, outside: Sequence[ReadyGroup] = ()
-) -> dict[str, float]:
-    """The metrics of a batch; `outside` are those of its groups that outside agents played. Lags are counted a token;
-    a reward mean over no valid episode is left out."""
+    groups: Sequence[ReadyGroup], trainer_version: int, counts: StepCounts, outside: Sequence[ReadyGroup] = (),
+    revised: Sequence[ReadyGroup] = (),
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of a batch; `outside` are those of its groups that outside agents played, `revised` correction
+    groups, which are in no mean of rewards: their episodes have seen an original. Lags are counted a token; a reward
+    mean over no valid episode is left out."""
     members = [member for group in groups for member in group.members]
     valid = _valid(members)
     sessions = _valid([member for group in outside for member in group.members])
@@ -62,9 +68,11 @@ def summarize(
         "versions_per_trajectory": _mean([len(set(_versions(member))) for member in members]),
         "partial_fraction": _mean([len(set(_versions(member))) > 1 for member in members]),
     }
-    if valid:
-        metrics["reward_mean"] = _mean([member.score.value for member in valid if member.score])
-        metrics["success_rate"] = _mean([succeeded(member) for member in valid])
+    corrections = {group.group_id for group in revised}
+    plain = [member for member in valid if member.group_id not in corrections]
+    if plain:
+        metrics["reward_mean"] = _mean([member.score.value for member in plain if member.score])
+        metrics["success_rate"] = _mean([succeeded(member) for member in plain])
     if sessions:
         metrics["session_reward_mean"] = _mean([member.score.value for member in sessions if member.score])
     for reason in DiscardReason:

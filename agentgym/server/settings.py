@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from agentgym.config import Section
+from agentgym.rollout.cipo import CipoSection
 
 OUTSIDE = "outside"  # in the place of an environment's id: the agents that play bring their own
 
@@ -51,6 +52,7 @@ class RolloutSection(Section):
     stall_warning_s: float = 30.0  # without a finished episode for so long, the log says what each one waits for
     temperature: float = 1.0
     seed: int = 0
+    cipo: CipoSection | None = None  # None: no correction prompts
 
     @field_validator("group_size")
     @classmethod
@@ -79,6 +81,28 @@ class RolloutSection(Section):
         if not 0.0 < value < float("inf"):
             raise ValueError(f"must be finite and > 0, got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _corrections_can_be_made(self) -> RolloutSection:
+        if self.cipo is None:
+            return self
+        if self.source == "sessions":
+            raise ValueError(
+                'cipo plays tasks of the environment again, and with source = "sessions" outside agents bring theirs; '
+                'choose "environment" or "both", or leave [rollout.cipo] out'
+            )
+        if self.max_staleness < 1:
+            raise ValueError(
+                "cipo needs max_staleness >= 1: an original is of an earlier version by the time that its correction "
+                "begins, got 0"
+            )
+        most = self.cipo.max_original_tokens
+        if most is not None and most >= self.max_episode_tokens:
+            raise ValueError(
+                f"cipo.max_original_tokens must be < max_episode_tokens ({self.max_episode_tokens}), which hold the "
+                f"original and its correction, got {most}"
+            )
+        return self
 
 
 class SessionsSection(Section):

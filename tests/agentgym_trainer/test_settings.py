@@ -30,6 +30,10 @@ def test_bundled_configurations_are_valid(path):
         ({"trainer": {"stepz": 3}}, r"unknown key 'trainer.stepz'; did you mean 'trainer.steps'"),
         ({"lossy": {}}, r"unknown key 'lossy'; did you mean 'loss'"),
         ({"loss": {"token_mask_c": 0.5}}, r"loss.token_mask_c: .*greater than 1.* got 0.5"),
+        (
+            {"rollout": {"cipo": {}}, "trainer": {"advantages": "batch_mean"}},
+            r"rollout.cipo needs baselines of groups, .*'batch_mean'.* choose 'group_mean'",
+        ),
         ({"trainer": {"updates_per_batch": 99}}, r"updates_per_batch \(99\) must be <= rollout.groups_per_step"),
         (
             {"trainer": {"anchor": "interrupt", "updates_per_batch": 2}},

@@ -193,6 +193,11 @@ class TrainConfig(ServiceConfig):
                 f"trainer.overlong_penalty = {trainer.overlong_penalty:g} does nothing without "
                 "trainer.overlong_tokens: drop it, or say over how many tokens it grows"
             )
+        if self.rollout.cipo is not None and trainer.advantages == "batch_mean":
+            raise ValueError(
+                "rollout.cipo needs baselines of groups, and trainer.advantages = 'batch_mean' is one of corrections "
+                "and plain episodes together; choose 'group_mean', 'group_mean_std' or 'leave_one_out'"
+            )
         if self.rollout.drop_zero_variance and trainer.advantages == "batch_mean":
             raise ValueError(
                 "rollout.drop_zero_variance drops groups that have no gradient under a baseline of their own, and with "
