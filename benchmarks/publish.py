@@ -162,7 +162,7 @@ async def _publish(
     report = await policy.publish(update, mode)
     ended.set()
     await asyncio.gather(*running)
-    return report.pause_s, report.total_s, engine.loaded_bytes
+    return report.pause_s, report.total_s, report.loaded_bytes
 
 
 def _memcpy(size: int) -> float:

@@ -80,10 +80,18 @@ class Counted(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Obeyed(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """To the parent: a command or a load is done, and this version is served."""
+    """To the parent: a command is done, and this version is served."""
 
     call: int
     policy_version: int
+
+
+class Loaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """To the parent: the reply to Load; this version is served."""
+
+    call: int
+    policy_version: int
+    loaded_bytes: int
 
 
 class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -95,7 +103,7 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToChild = Sample | Cancel | Command | Load
-ToParent = Ready | Tokens | Sampled | Counted | Obeyed | Failed
+ToParent = Ready | Tokens | Sampled | Counted | Obeyed | Loaded | Failed
 
 
 class FrameProtocol(asyncio.Protocol):

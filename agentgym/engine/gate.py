@@ -34,12 +34,16 @@ _RETRY_S = (0.0, 0.005, 0.02, 0.1)  # waits after 1, 2, ... empty answers in a r
 
 @dataclass(frozen=True, slots=True)
 class PublishReport:
-    """What one publication cost. Example: `PublishReport(version=3, pause_s=0.012, total_s=0.013, mode="abort")`."""
+    """What one publication cost.
+
+    Example: `PublishReport(version=3, pause_s=0.012, total_s=0.013, mode="abort", loaded_bytes=1240064)`.
+    """
 
     version: int
     pause_s: float  # nothing was sampled for so long
     total_s: float  # with the preparation, the probe, and the wait for other publications and ("wait") running requests
     mode: PublishMode
+    loaded_bytes: int  # by the engine: less than the file holds, where only what changed has to be loaded
     ended_pause: int | None = None  # the pause that it ended; pause_s counts from its beginning
     probe_off: float | None = None  # the engine's largest difference to the probe; None: nothing was compared
 
@@ -48,12 +52,13 @@ class PublishReport:
 class Publications:
     """All publications since the start, for progress and metrics.
 
-    Example: `Publications(done=3, failed=0, pause_s=0.04, last=PublishReport(3, 0.012, 0.013, "abort"))`.
+    Example: `Publications(done=3, failed=0, pause_s=0.04, loaded_bytes=3720192, last=report)`.
     """
 
     done: int
     failed: int
     pause_s: float  # of all together
+    loaded_bytes: int  # of all together
     last: PublishReport | None
 
 
@@ -104,7 +109,7 @@ class VersionedPolicy:
         self._sampling = 0  # requests in the engine
         self._drained = asyncio.Event()
         self._drained.set()
-        self.publications = Publications(0, 0, 0.0, None)
+        self.publications = Publications(0, 0, 0.0, 0, None)
         self.pauses = Pauses(0, 0)
         self.on_completion: OnCompletion = lambda prompt_ids, params, completion: (
             None
@@ -262,7 +267,8 @@ class VersionedPolicy:
             self.publications = dataclasses.replace(before, failed=before.failed + 1)
             raise
         before = self.publications
-        self.publications = Publications(before.done + 1, before.failed, before.pause_s + report.pause_s, report)
+        pause_s, loaded_bytes = before.pause_s + report.pause_s, before.loaded_bytes + report.loaded_bytes
+        self.publications = Publications(before.done + 1, before.failed, pause_s, loaded_bytes, report)
         return report
 
     async def _publish(self, update: WeightUpdate, mode: PublishMode, probe: Probe | None) -> PublishReport:
@@ -283,7 +289,7 @@ class VersionedPolicy:
                 closed = time.perf_counter() - (time.monotonic() - paused.since if paused else 0.0)
                 await self.engine.pause("keep" if mode == "keep" else "abort")
                 try:
-                    await self.engine.load(update)
+                    loaded_bytes = await self.engine.load(update)
                     self._published.add(update.version)
                 finally:
                     await self.engine.resume()
@@ -297,7 +303,8 @@ class VersionedPolicy:
             off = None
             if probe is not None and isinstance(self.engine, VerifyingEngine):
                 off = await self.engine.verify(probe)
-            return PublishReport(update.version, opened - closed, time.perf_counter() - asked, mode, ended, off)
+            pause_s, total_s = opened - closed, time.perf_counter() - asked
+            return PublishReport(update.version, pause_s, total_s, mode, loaded_bytes, ended, off)
 
     async def _pass(self, sampled: int) -> None:
         """Waits at the closed gate, and says in the log what for."""

@@ -30,6 +30,7 @@ from agentgym.engine.frames import (
     Failed,
     FrameProtocol,
     Load,
+    Loaded,
     Obeyed,
     Ready,
     Sample,
@@ -118,10 +119,12 @@ class ProcessEngine:
         """As Engine.pause."""
         await self._call(Command(next(self._numbers), mode))
 
-    async def load(self, update: WeightUpdate) -> None:
+    async def load(self, update: WeightUpdate) -> int:
         """As Engine.load."""
         path = str(Path(update.path).absolute())
-        self.policy_version = await self._call(Load(next(self._numbers), update.version, path))
+        loaded: Loaded = await self._call(Load(next(self._numbers), update.version, path))
+        self.policy_version = loaded.policy_version
+        return loaded.loaded_bytes
 
     async def resume(self) -> None:
         """As Engine.resume."""
@@ -162,7 +165,7 @@ class ProcessEngine:
             return
         if isinstance(message, Failed):
             future.set_exception(_error(message))
-        elif isinstance(message, Ready):
+        elif isinstance(message, Ready | Loaded):
             future.set_result(message)
         elif isinstance(message, Sampled):
             future.set_result(message.segments)
@@ -257,8 +260,8 @@ class _Child:
                 on_tokens = partial(self._say, call) if message.stream else None
                 self.wire.send(Sampled(call, await engine.sample(message.prompt_ids, message.params, on_tokens)))
             elif isinstance(message, Load):
-                await engine.load(WeightUpdate(message.version, Path(message.path)))
-                self.wire.send(Obeyed(call, engine.policy_version))
+                loaded_bytes = await engine.load(WeightUpdate(message.version, Path(message.path)))
+                self.wire.send(Loaded(call, engine.policy_version, loaded_bytes))
             elif message.name == "stats":
                 self.wire.send(Counted(call, await engine.stats()))
             else:

@@ -87,8 +87,9 @@ class Engine(Protocol):
         nothing is being computed any more."""
         ...
 
-    async def load(self, update: WeightUpdate) -> None:
-        """Replaces the weights; only while paused. A failed load leaves the old weights and version served.
+    async def load(self, update: WeightUpdate) -> int:
+        """Replaces the weights; only while paused. Returns how many bytes had to be loaded: of several servers, by the
+        one that had to load most. A failed load leaves the old weights and version served.
 
         Raises VersionError if `update.version` is not newer than the one served, EngineError if the file does not fit.
         """

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
 
 _Reply = tuple["asyncio.AbstractEventLoop", "asyncio.Future[Any]"]
 _Act = Callable[[], object]  # what an event loop shall do
+T = TypeVar("T")
 
 
 class TorchEngine:
@@ -97,9 +98,9 @@ class TorchEngine:
         """As Engine.pause."""
         await self._command(lambda: self._do_pause(mode))
 
-    async def load(self, update: WeightUpdate) -> None:
+    async def load(self, update: WeightUpdate) -> int:
         """As Engine.load."""
-        await self._command(lambda: self._do_load(update))
+        return await self._command(lambda: self._do_load(update))
 
     async def resume(self) -> None:
         """As Engine.resume."""
@@ -144,21 +145,21 @@ class TorchEngine:
                 raise EngineDiedError(str(self._ending))
             self._inbox.put(message)
 
-    async def _command(self, action: Callable[[], None]) -> None:
+    async def _command(self, action: Callable[[], T]) -> T:
         reply = self._reply()
 
         def run() -> None:
             try:
                 if self._ending is not None:
                     raise EngineDiedError(str(self._ending))
-                action()
+                result = action()
             except AgentGymError as error:
                 self._answer(reply, error)
             else:
-                self._answer(reply, None)
+                self._answer(reply, result)
 
         self._post(run)
-        await reply[1]
+        return await reply[1]
 
     # ------------------------------------------------------------------------------------------- in the one thread
 
@@ -205,7 +206,7 @@ class TorchEngine:
     def _do_resume(self) -> None:
         self._paused = False
 
-    def _do_load(self, update: WeightUpdate) -> None:
+    def _do_load(self, update: WeightUpdate) -> int:
         if not self._paused:
             raise EngineError("weights can be loaded only while the engine is paused")
         if update.version <= self.policy_version:
@@ -213,8 +214,9 @@ class TorchEngine:
                 f"version {update.version} cannot be loaded: the engine serves {self.policy_version}, and versions "
                 "only go up"
             )
-        self._weights.load(update.path)
+        loaded_bytes = self._weights.load(update.path)
         self._batch.renew(update.version)
+        return loaded_bytes
 
     def _settle(self, outcomes: Sequence[Outcome]) -> None:
         version = self.policy_version

@@ -91,14 +91,15 @@ class ServedWeights:
         self._base: dict[str, torch.Tensor] = {}  # weights of the folder that adapters changed, as they were
         self._of_folder = True  # but for those, the model's weights are the folder's
 
-    def load(self, path: Path) -> None:
-        """Serves what `path` holds, or raises EngineError naming the first that does not fit."""
+    def load(self, path: Path) -> int:
+        """Serves what `path` holds, so many bytes, or raises EngineError naming the first that does not fit."""
         metadata, sources = _read(path)
         if metadata.get("format") == _LORA:
             self._merge(_adapter_of(metadata, sources, self._model, path))
-            return
-        _copy(self._model, sources, path)
-        self._base, self._of_folder = {}, False
+        else:
+            _copy(self._model, sources, path)
+            self._base, self._of_folder = {}, False
+        return sum(source.nbytes for source in sources.values())
 
     def _merge(self, adapter: _Adapter) -> None:
         if not self._of_folder:

@@ -7,8 +7,6 @@ server.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,12 +14,12 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
+from agentgym.engine.owned_folder import OWNER, OwnedFolder, remove_orphans
 from agentgym.engine.vllm_weights import PublishedTensors
 from agentgym.errors import EngineError
 
 _MEMORY = Path("/dev/shm")
 _PREFIX = "agentgym-adapters-"
-_LOCK = ".owner"  # locked for as long as the owner lives, however it ends
 
 
 class AdapterShelf:
@@ -29,8 +27,11 @@ class AdapterShelf:
 
     def __init__(self, near: Path | None = None) -> None:
         self._near = near or (_MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir()))
-        self._root: Path | None = None
-        self._lock: int | None = None
+        self._root: OwnedFolder | None = None
+
+    def remove_orphans(self) -> None:
+        """Removes what owners left that were killed: memory that nobody else would give back."""
+        remove_orphans(_PREFIX, self._near)
 
     def put(self, version: int, published: PublishedTensors) -> Path:
         """The folder of `published`, which is an adapter. Raises EngineError where there is no room."""
@@ -51,37 +52,20 @@ class AdapterShelf:
     def keep(self, versions: Collection[int]) -> None:
         """Removes every other version."""
         if self._root is not None:
-            for folder in self._root.iterdir():
-                if folder.name != _LOCK and int(folder.name.split("-")[0]) not in versions:
+            for folder in self._root.path.iterdir():
+                if folder.name != OWNER and int(folder.name.split("-")[0]) not in versions:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Removes all; idempotent."""
         if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
+            self._root.remove()
             self._root = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _folder(self) -> Path:
         if self._root is None:
-            self._remove_orphans()
-            self._root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._near))
-            self._lock = os.open(self._root / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        return self._root
-
-    def _remove_orphans(self) -> None:
-        """What an owner left that was killed: memory that nobody else would give back."""
-        for root in self._near.glob(f"{_PREFIX}*"):
-            with contextlib.suppress(OSError):  # no lock file yet, or locked: somebody's
-                lock = os.open(root / _LOCK, os.O_RDWR)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(root, ignore_errors=True)
-                finally:
-                    os.close(lock)
+            self._root = OwnedFolder(_PREFIX, self._near)
+        return self._root.path
 
 
 def _digest(published: PublishedTensors) -> str:

@@ -21,7 +21,7 @@ from agentgym.engine.vllm_adapters import AdapterShelf
 from agentgym.engine.vllm_dispatch import Dispatch
 from agentgym.engine.vllm_replica import ReplicaLostError, Sampling
 from agentgym.engine.vllm_seat import ReplicaStatus, Seat
-from agentgym.engine.vllm_server import VllmServerOptions, python_with_vllm
+from agentgym.engine.vllm_server import VllmServerOptions, python_with_vllm, remove_left_folders
 from agentgym.engine.vllm_weights import PublishedTensors
 from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
 from agentgym.policy import OnTokens, SamplingParams, Segment
@@ -38,7 +38,6 @@ class VllmEngine:
     ) -> None:
         self.max_context = max_context
         self.policy_version = 0
-        self.loaded_bytes = 0  # by the replica that had to load most, at the last publication
         self.run = secrets.token_hex(4)
         self.seats: list[Seat] = []
         self.model_folder = model_folder
@@ -84,6 +83,8 @@ class VllmEngine:
         return await engine._begin()
 
     async def _begin(self) -> VllmEngine:
+        await asyncio.to_thread(remove_left_folders)
+        await asyncio.to_thread(self._shelf.remove_orphans)
         try:
             async with asyncio.TaskGroup() as group:  # one that cannot start ends the start of all
                 for seat in self.seats:
@@ -161,7 +162,7 @@ class VllmEngine:
         if mode == "abort":
             await self._dispatch.cut()
 
-    async def load(self, update: WeightUpdate) -> None:
+    async def load(self, update: WeightUpdate) -> int:
         """As Engine.load. Replicas that fail are taken out and restarted; EngineError when every one has failed."""
         if self._pause is None:
             raise EngineError("weights can be loaded only while the engine is paused")
@@ -181,8 +182,8 @@ class VllmEngine:
                 seat.lose(f"failed to load version {update.version}: {result}")
         if serving and not loaded:
             raise EngineError(f"no replica could load version {update.version}: {results[0]}")
-        self.loaded_bytes = max(loaded, default=0)  # where none serves just now, each loads it before it does
         self.policy_version, self._update = update.version, update
+        return max(loaded, default=0)  # where none serves just now, each loads it before it does
 
     async def resume(self) -> None:
         """As Engine.resume."""

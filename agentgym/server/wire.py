@@ -59,13 +59,14 @@ class PublishReport:
     """Weights reached the engine. `live_versions` are those that a buffered or in-flight token carries or may carry,
     and the one being served; every other one can be forgotten.
 
-    Example: `PublishReport(version=3, pause_s=0.012, total_s=0.03, live_versions=(2, 3))`.
+    Example: `PublishReport(version=3, pause_s=0.012, total_s=0.03, live_versions=(2, 3), loaded_bytes=1240064)`.
     """
 
     version: int
     pause_s: float
     total_s: float
     live_versions: tuple[int, ...]
+    loaded_bytes: int  # by the engine: less than was published, where only what changed has to be loaded
     ended_pause: int | None = None  # the pause that it ended; pause_s counts from its beginning
     probe_off: float | None = None  # the engine's largest difference to the probe; None: nothing was compared
 

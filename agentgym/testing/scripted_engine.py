@@ -188,8 +188,8 @@ class ScriptedEngine:
             self._going.set()  # frees what an earlier pause holds
             await self._idle.wait()
 
-    async def load(self, update: WeightUpdate) -> None:
-        """As Engine.load; the file is not read, the version is the weights."""
+    async def load(self, update: WeightUpdate) -> int:
+        """As Engine.load; the file is not read, the version is the weights: eight bytes."""
         self._check_alive()
         if not self._pausing.is_set() or (self._running and not self._keeping):
             raise EngineError("weights can be loaded only while the engine is paused")
@@ -199,6 +199,7 @@ class ScriptedEngine:
         if update.version in self._refused:
             raise EngineError(f"version {update.version} is refused by the script")
         self.policy_version = update.version
+        return 8
 
     async def resume(self) -> None:
         """As Engine.resume."""

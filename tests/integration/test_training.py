@@ -59,6 +59,7 @@ def test_weights_published_as_bfloat16_are_what_both_sides_compute_with(tmp_path
     assert all(row["discrepancy/max_abs_log_ratio"] < 1e-4 for row in rows)
     assert all(0 < row["versions/changed_fraction"] < 0.3 for row in rows)
     assert all(0 < row["versions/delta_mb"] < row["versions/full_mb"] / 2 for row in rows)
+    assert all(row["versions/loaded_mb"] == pytest.approx(row["versions/full_mb"], rel=0.02) for row in rows)
     assert rows[-1]["versions/full_copies"] <= 2
 
 

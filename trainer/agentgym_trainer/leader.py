@@ -182,6 +182,7 @@ class Leader:
             "time/wait_s": self._wait_s,
             "time/publish_s": time.monotonic() - began,
             "time/pause_s": report.pause_s,
+            "versions/loaded_mb": report.loaded_bytes / 2**20,
             **({} if report.probe_off is None else {"discrepancy/probe_max_abs": report.probe_off}),
             "policy_version": float(self._served),
             **_log_figures(self._versions),

@@ -235,6 +235,7 @@ def test_publications_are_serialised_and_versions_only_go_up() -> None:
         policy = VersionedPolicy(ScriptedEngine(LOGITS, load_s=0.01))
         reports = await asyncio.gather(*(policy.publish(update(version)) for version in (1, 2, 3)))
         assert [report.version for report in reports] == [1, 2, 3]
+        assert (reports[0].loaded_bytes, policy.publications.loaded_bytes) == (8, 24)
         assert reports[2].total_s >= reports[2].pause_s + 0.015
         with pytest.raises(VersionError, match="only go up"):
             await policy.publish(update(3))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.process import ProcessEngine
@@ -70,6 +71,7 @@ def test_it_samples_what_the_engine_in_process_samples_over_publications(model_o
         first = await asyncio.gather(*before)
         report = await policy.publish(WeightUpdate(1, path))
         assert report.version == engine.policy_version == 1
+        assert report.loaded_bytes == sum(tensor.nbytes for tensor in load_file(path).values())
         with pytest.raises(PromptTooLongError, match="context of 96"):
             await segment_of(engine, [1] * 90, SamplingParams(7))
         with pytest.raises(InputError, match="at least one token"):

@@ -188,7 +188,9 @@ def test_only_layers_that_changed_are_sent_and_the_tied_head_follows(house: Hous
             staged = house.engine.seats[0]._staged
             assert staged is not None
             assert len(staged.names) == count
-            await house.policy.publish(update)
+            report = await house.policy.publish(update)
+            tensors = load_file(update.path)
+            assert report.loaded_bytes == sum(tensors[name].nbytes for name in staged.names)
             completion = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
             assert completion.policy_versions == (update.version,) * 30
             house.assert_exact([3, 1, 4], completion)

@@ -112,8 +112,11 @@ def test_a_server_that_ends_while_starting_leaves_its_last_words(tmp_path: Path)
 
 TREE = """
 import os, subprocess, sys, time
+from multiprocessing.resource_tracker import _resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for _ in range(2)]
-print(os.getpid(), *(child.pid for child in children), flush=True)
+memory = SharedMemory(create=True, size=4096)
+print(memory.name, os.getpid(), *(child.pid for child in children), _resource_tracker._pid, flush=True)
 time.sleep(600)
 """
 OWNER = """
@@ -142,14 +145,17 @@ def _gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("victim", ["owner", "server"])
-def test_kill_9_of_the_owner_or_of_the_server_leaves_nobody(victim: str) -> None:
+def test_kill_9_of_the_owner_or_of_the_server_leaves_nobody_and_no_memory(victim: str) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, vllm_keeper.__file__, TREE], stdout=subprocess.PIPE)
     assert owner.stdout is not None
-    pids = [int(pid) for pid in owner.stdout.readline().split()]
-    assert len(pids) == 3
+    memory, *numbers = owner.stdout.readline().decode().split()
+    pids = [int(number) for number in numbers]
+    assert len(pids) == 4
+    assert Path("/dev/shm", memory).exists()
     assert not any(_gone(pid) for pid in pids)
     os.kill(owner.pid if victim == "owner" else pids[0], signal.SIGKILL)
     assert _wait_for(lambda: all(_gone(pid) for pid in pids))
+    assert not Path("/dev/shm", memory).exists()
     owner.kill()
     owner.wait()
     owner.stdout.close()

@@ -88,6 +88,7 @@ def test_health_policy_and_figures(start: Callable[..., Any]) -> None:
         policy = http.get("/v1/policy").json()
         assert (policy["policy_version"], policy["publishing"], policy["publications"]["done"]) == (3, None, 1)
         assert policy["last_publication"]["version"] == 3
+        assert policy["last_publication"]["loaded_bytes"] == 8
         assert [replica["policy_version"] for replica in policy["replicas"]] == [3]
         sampled = http.post("/v1/chat/completions", json=CHAT).json()["usage"]
         http.post("/v1/chat/completions", json=CHAT | {"stream": True, "max_tokens": 3})
@@ -108,6 +109,7 @@ def test_health_policy_and_figures(start: Callable[..., Any]) -> None:
         assert values["agentgym_policy_version"] == "3.0"
         assert values['agentgym_publications_total{result="done"}'] == "1.0"
         assert float(values["agentgym_last_publication_pause_seconds"]) > 0.0
+        assert values["agentgym_publication_loaded_bytes_total"] == "8.0"  # as a scripted engine says
         assert values["agentgym_engine_up"] == "1.0"
         assert float(values["agentgym_engine_sampled_tokens_total"]) >= sampled["completion_tokens"]
         assert SECRET not in figures.text  # a path is no label

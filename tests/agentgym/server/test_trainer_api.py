@@ -51,6 +51,7 @@ def test_a_few_steps_of_a_trainer(start: Callable[..., Any]) -> None:
         assert report.version == version + 1
         assert version + 1 in report.live_versions
         assert report.total_s >= report.pause_s >= 0
+        assert report.loaded_bytes == 8  # as a scripted engine says
         taken.append(batch.batch_id)
     assert len(versions) > 1
     for batch_id in taken:
