@@ -139,11 +139,19 @@ def test_a_correct_original_never_takes_a_wrong_ones_place() -> None:
 
 def test_a_wrong_original_takes_the_place_of_a_correct_one_that_is_missing() -> None:
     it = corrections(share=0.9, correct_min=0.5, correct_max=0.5)
-    for number in range(4):
+    for number in range(20):
         it.offer(group(f"g{number}", [0.0, 0.0]))
-    assert [one.original.correct for one in drawn(it, 4)] == [False] * 3
-    it.offer(group("correct", [1.0, 1.0]))
-    assert [one.original.correct for one in drawn(it, 4)] == [True, False]  # what is owed is one, not two
+    assert [one.original.correct for one in drawn(it, 11)] == [False] * 9
+    for number in range(20):
+        it.offer(group(f"correct{number}", [1.0, 1.0]))
+    assert [one.original.correct for one in drawn(it, 6)] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]  # one owed, not five
 
 
 # ----------------------------------------------------------------------------------------------- the adaptive ratio
