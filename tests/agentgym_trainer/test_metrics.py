@@ -186,6 +186,40 @@ def test_broken_logprobs_are_counted_and_extreme_ones_stay_finite(make_rows: Mak
     assert all(math.isfinite(value) for value in figures.values())
 
 
+def test_vetoed_rows_and_fallbacks_count_by_lag(make_rows: MakeRows) -> None:
+    rows = make_rows([20, 30, 25], newest_version=NEWEST, span=3)
+    batch = build_micro_batches(rows, max_tokens=10_000)[0]
+    proximal = batch.behavior_logprobs.clone()
+    chosen = batch.loss_mask.nonzero()[0].tolist()
+    proximal[tuple(chosen)] -= 12.0  # one token of its row: r_d = 6e-6
+    _, terms = decoupled_loss(
+        proximal, proximal, batch.behavior_logprobs, batch.advantages, batch.loss_mask,
+        correction=[Correction("none"), Correction("veto")], denominator=1.0,
+    )  # fmt: skip
+    stale = batch.loss_mask & (batch.policy_versions == NEWEST - 1)
+    metrics = StepMetrics()
+    metrics.add(terms, batch, trainer_version=NEWEST, fallbacks=stale)
+    figures = metrics.finalise()
+    row = chosen[0]
+    assert figures["policy/num_vetoed"] == int(batch.loss_mask[row].sum())
+    assert figures["policy/num_vetoed_rows"] == 1.0
+    oldest = NEWEST - int(batch.policy_versions[row][batch.loss_mask[row]].min())
+    by_lag = {lag: figures.get(f"policy/{BUCKET_OF[lag]}/num_vetoed_rows", 0.0) for lag in range(4)}
+    assert by_lag == {lag: float(BUCKET_OF[lag] == BUCKET_OF[oldest]) for lag in range(4)}
+    assert figures["anchor/lag1/num_fallbacks"] == int(stale.sum()) > 0
+    assert figures["anchor/lag0/num_fallbacks"] == figures["anchor/lag2/num_fallbacks"] == 0.0
+    fallbacks = metrics_without_fresh(batch, terms)
+    assert fallbacks.engine_mismatch(exact=True).num_tokens > 0
+    fallbacks.add(terms, batch, trainer_version=NEWEST + 1, fallbacks=stale)
+    assert fallbacks.engine_mismatch(exact=True).num_tokens == 0  # not all of them are exact
+
+
+def metrics_without_fresh(batch: MicroBatch, terms: TokenTerms) -> StepMetrics:
+    metrics = StepMetrics()
+    metrics.add(terms, batch, trainer_version=NEWEST + 1)
+    return metrics
+
+
 def test_stale_kv_is_reported(make_rows: MakeRows) -> None:
     batch = build_micro_batches(make_rows([20], newest_version=NEWEST, span=0), max_tokens=100)[0]
     first = tuple(batch.loss_mask.nonzero()[0].tolist())

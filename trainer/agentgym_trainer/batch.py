@@ -65,6 +65,17 @@ class StepRows:
     num_too_long: int  # rows longer than max_seq_len
     num_excluded: int  # trajectories that no baseline includes
     included: frozenset[str] = frozenset()  # ids of the others, whether or not a row of theirs was short enough
+    num_zero_variance_groups: int = 0  # groups without a gradient: their valid members all earned the same
+
+    @classmethod
+    def joined(cls, parts: Sequence[StepRows]) -> StepRows:
+        """Of the optimizer steps that one batch was cut into."""
+        counts = [field.name for field in fields(cls) if field.name.startswith("num_")]
+        return cls(
+            rows=tuple(row for part in parts for row in part.rows),
+            included=frozenset[str]().union(*(part.included for part in parts)),
+            **{name: sum(getattr(part, name) for part in parts) for name in counts},
+        )
 
     @property
     def delivered_fraction(self) -> float:
@@ -129,6 +140,7 @@ def collect_rows(
         num_too_long=num_too_long,
         num_excluded=len(trajectories) - int(advantages.included.sum()),
         included=frozenset(t.trajectory_id for t, included in zip(trajectories, advantages.included) if included),
+        num_zero_variance_groups=advantages.num_zero_variance_groups,
     )
 
 

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from agentgym.errors import InputError, TrainingError
 from agentgym.trajectory import ScoredSequences
 from agentgym_trainer.admission import admit, check_logprobs
-from agentgym_trainer.advantages import Advantages, Overlong, trajectory_advantages
+from agentgym_trainer.advantages import Overlong, trajectory_advantages
 from agentgym_trainer.alarm import EXACT_ANCHORS, DiscrepancyAlarm, examine
 from agentgym_trainer.anchors import Resolvable, VersionSource, make_anchor
+from agentgym_trainer.anchors.fallback import stood_in
 from agentgym_trainer.anchors.scoring import frozen_copy
 from agentgym_trainer.batch import MicroBatch, StepRows, build_micro_batches, collect_rows
 from agentgym_trainer.correction import Correction
@@ -145,6 +146,7 @@ class Learner:
         )  # fmt: skip
         updates = [self.rows_of(part) for part in _split(admission.trajectories, trainer.updates_per_batch)]
         check_logprobs(updates, self._config.loss.max_dropped_fraction)
+        whole = StepRows.joined(updates)
         updates = [rows for rows in updates if rows.num_loss_tokens]
         if not updates:
             raise TrainingError(
@@ -157,23 +159,28 @@ class Learner:
             proximal = self.anchor.proximal(flat, trainer_version=trainer_version, reuse_policy=len(updates) == 1)
         scored_s = time.perf_counter() - began
         norms = []
-        mismatch: dict[str, float] = {}
+        first, mismatch = None, {}
         for rows, part in zip(updates, batches):
             with self._as_published():
                 step = self.accumulate(rows, part, proximal[: len(part)], trainer_version)
-                mismatch = mismatch or self._look_for_mismatch(step, rows, trainer_version)
-            metrics.merge(step)
+                if first is None:  # over ranks at once, and not again at the end
+                    first = self.over_ranks(step)
+                    mismatch = self._look_for_mismatch(first, rows, trainer_version)
+                else:
+                    metrics.merge(step)
             proximal = proximal[len(part) :]
             if before_update is not None:
                 with self._as_published():
                     before_update(trainer_version)
             norms.append(self._step())
-        metrics = self.over_ranks(metrics)
+        if len(updates) > 1:
+            metrics = self.over_ranks(metrics)
+        assert first is not None, "a batch has an update"
+        metrics.merge(first)
         active_fraction, mean_lag = metrics.active_fraction, metrics.mean_lag
         with self._as_published():
             self.anchor.published(trainer_version + 1, active_fraction=active_fraction, mean_lag=mean_lag)
         trajectories = admission.trajectories
-        whole = updates[0] if len(updates) == 1 else self.rows_of(trajectories)
         figures = metrics.finalise()
         anchor_figures = self._anchor_metrics()
         self._alarm.look_at_resets(anchor_figures.get("anchor/ewma_resets", 0.0))
@@ -183,7 +190,7 @@ class Learner:
             **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
             **admission.figures(),
             **(self._overlong.figures(trajectories) if self._overlong else {}),
-            "trajectory/num_zero_variance_groups": float(self._advantages(trajectories).num_zero_variance_groups),
+            "trajectory/num_zero_variance_groups": float(whole.num_zero_variance_groups),
             **anchor_figures,
             **mismatch,
             "gradient_norm": sum(norms) / len(norms),
@@ -194,10 +201,8 @@ class Learner:
 
     def rows_of(self, trajectories: Sequence[ScoredSequences]) -> StepRows:
         limit = self._config.trainer.max_sequence_tokens or self._config.max_context
-        return collect_rows(trajectories, self._advantages(trajectories), max_seq_len=limit)
-
-    def _advantages(self, trajectories: Sequence[ScoredSequences]) -> Advantages:
-        return trajectory_advantages(self._config.trainer.advantages, trajectories, self._overlong)
+        advantages = trajectory_advantages(self._config.trainer.advantages, trajectories, self._overlong)
+        return collect_rows(trajectories, advantages, max_seq_len=limit)
 
     def micro_batches_of(self, rows: StepRows) -> list[MicroBatch]:
         accelerator = self._accelerator
@@ -231,7 +236,7 @@ class Learner:
                     denominator=rows.num_loss_tokens / num_ranks, row_denominator=rows.num_loss_rows / num_ranks,
                 )  # fmt: skip
                 self._accelerator.backward(loss)
-            metrics.add(terms, batch, trainer_version=trainer_version)
+            metrics.add(terms, batch, trainer_version=trainer_version, fallbacks=stood_in(anchor))
         return metrics
 
     @torch.no_grad()
@@ -275,10 +280,10 @@ class Learner:
         return norm
 
     def _look_for_mismatch(self, step: StepMetrics, rows: StepRows, trainer_version: int) -> dict[str, float]:
-        """Before the first optimizer step on a batch: the weights are still what engines were given."""
-        exact = self.anchor.name in EXACT_ANCHORS and not self._anchor_metrics().get("anchor/num_fallbacks")
+        """Before the first optimizer step on a batch, `step` over all ranks: the weights are still what engines were
+        given."""
         return self._alarm.look(
-            self.over_ranks(step).engine_mismatch(exact),
+            step.engine_mismatch(self.anchor.name in EXACT_ANCHORS),
             lambda: examine(
                 self._model, [row.sequence for row in rows.rows], trainer_version, self._config.rollout.temperature,
                 self._versions, self._alarm.floor,

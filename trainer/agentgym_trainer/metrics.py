@@ -32,7 +32,7 @@ _RATIO_SUMS = ("tokens", "log", "log2", "r", "r2", "abs", "exp_abs", "rows", "ro
 _TOKEN_COLUMNS = _RATIO_SUMS.index("rows")  # those before it are sums over tokens
 _TOKEN_SUMS = (
     "counted", "dropped", "mask_pass", "clip_pass", "active", "clip_high", "clip_low", "stale_kv", "lag", "objective",
-    "entropy", "vetoed", "limited", "reference_k3",
+    "entropy", "vetoed", "limited", "reference_k3", "fallback", "vetoed_rows",
 )  # fmt: skip
 
 
@@ -76,8 +76,11 @@ class StepMetrics:
         self._max = torch.maximum(self._max, other._max)
 
     @torch.no_grad()
-    def add(self, terms: TokenTerms, micro_batch: MicroBatch, *, trainer_version: int) -> None:
-        """Adds one micro-batch. Raises TrainingError for a token of a version that has not been published yet."""
+    def add(
+        self, terms: TokenTerms, micro_batch: MicroBatch, *, trainer_version: int, fallbacks: Tensor | None = None
+    ) -> None:
+        """Adds one micro-batch. `fallbacks` [B, T]: the tokens whose proximal logprobs are the fallback's, None where
+        none is. Raises TrainingError for a token of a version that has not been published yet."""
         lags = trainer_version - micro_batch.policy_versions
         seen = terms.counted | terms.dropped
         if bool((lags[seen] < 0).any()):
@@ -85,20 +88,24 @@ class StepMetrics:
             raise TrainingError(f"a token of version {newest} reached the trainer while it was at {trainer_version}")
         bounds = torch.tensor(_LAG_BOUNDS, device=lags.device)
         buckets = torch.bucketize(lags, bounds)
-        self._add_tokens(terms, micro_batch, lags, buckets, seen)
+        self._add_tokens(terms, micro_batch, lags, buckets, seen, fallbacks)
+        oldest = torch.where(terms.counted, lags, -1).amax(-1)
+        vetoed = (terms.counted & terms.vetoed).any(-1)
+        where = torch.bucketize(oldest[vetoed], bounds).cpu()
+        self._token[:, _TOKEN_SUMS.index("vetoed_rows")] += torch.bincount(where, minlength=len(LAG_BUCKETS))
         pairs = (
             (terms.proximal_logprobs, terms.behavior_logprobs),
             (terms.policy_logprobs, terms.proximal_logprobs),
             (terms.policy_logprobs, terms.behavior_logprobs),
         )
-        oldest = torch.where(terms.counted, lags, -1).amax(-1)
         for index, (numerator, denominator) in enumerate(pairs):
             raw = torch.where(terms.counted, numerator.double() - denominator.double(), 0.0)
             self._add_ratio(index, raw, terms.counted, buckets, oldest, bounds)
 
     def _add_tokens(
-        self, terms: TokenTerms, micro_batch: MicroBatch, lags: Tensor, buckets: Tensor, seen: Tensor
-    ) -> None:
+        self, terms: TokenTerms, micro_batch: MicroBatch, lags: Tensor, buckets: Tensor, seen: Tensor,
+        fallbacks: Tensor | None,
+    ) -> None:  # fmt: skip
         counted = terms.counted
         zero = torch.zeros_like(lags, dtype=torch.float64)
         columns = (
@@ -116,6 +123,8 @@ class StepMetrics:
             counted & terms.vetoed,
             counted & terms.limited,
             zero if terms.reference_k3 is None else terms.reference_k3,
+            zero if fallbacks is None else fallbacks,
+            zero,  # of rows: `add` puts them in
         )
         features = torch.stack([column.double()[seen] for column in columns], dim=-1)  # [n, S]
         self._token.index_add_(0, buckets[seen].cpu(), features.cpu())
@@ -153,10 +162,10 @@ class StepMetrics:
 
     def engine_mismatch(self, exact: bool) -> Mismatch:
         """Of engine and trainer about the same weights, before the optimizer step: tokens of no lag, whatever the
-        anchor; where there are none and the anchor is `exact`, all tokens by their old logprobs."""
+        anchor; where there are none and the anchor is `exact`, without a fallback, all tokens by their old logprobs."""
         total, discrepancy = RATIOS.index("total"), RATIOS.index("discrepancy")
         sums, largest = self._ratio[total, 0], self._max[total, 0]
-        if not sums[0] and exact:
+        if not sums[0] and exact and not self._token_total("fallback"):
             sums, largest = self._ratio[discrepancy].sum(0), self._max[discrepancy].max()
         s = dict(zip(_RATIO_SUMS, sums.tolist()))
         n = s["tokens"]
@@ -169,7 +178,8 @@ class StepMetrics:
 
     def finalise(self) -> dict[str, float]:
         """Flat names: `discrepancy/k3`, `staleness/lag2/k3`, `total/ess_fraction`, `policy/active_fraction`,
-        `policy/lag1/clip_high_fraction`. A bucket without a token has no figures, rather than zeros."""
+        `policy/lag1/clip_high_fraction`, `anchor/lag2/num_fallbacks` (of all lags, the anchor's own figure). A bucket
+        without a token has no figures, rather than zeros."""
         figures: dict[str, float] = {}
         for index, name in enumerate(RATIOS):
             figures |= _ratio_figures(name, self._ratio[index].sum(0), float(self._max[index].max()))
@@ -178,7 +188,9 @@ class StepMetrics:
                 figures |= _ratio_figures(f"{name}/{label}", sums, maximum)
         figures |= _token_figures("policy", self._token.sum(0))
         for bucket, label in enumerate(LAG_BUCKETS):
-            figures |= _token_figures(f"policy/{label}", self._token[bucket])
+            figures |= (found := _token_figures(f"policy/{label}", self._token[bucket]))
+            if found:
+                figures[f"anchor/{label}/num_fallbacks"] = float(self._token[bucket, _TOKEN_SUMS.index("fallback")])
         return figures
 
 
@@ -222,6 +234,7 @@ def _token_figures(prefix: str, sums: Tensor) -> dict[str, float]:
             "loss": s["objective"] / n,
             "entropy": s["entropy"] / n,
             "num_vetoed": s["vetoed"],
+            "num_vetoed_rows": s["vetoed_rows"],
             "limited_fraction": s["limited"] / n,
             "reference_k3": s["reference_k3"] / n,
         }

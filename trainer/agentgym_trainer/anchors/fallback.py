@@ -54,6 +54,11 @@ class WithFallback:
             self._fallback.load_state_dict(state)
 
 
+def stood_in(proximal: Resolvable) -> Tensor | None:
+    """The tokens [B, T] of a micro-batch that a fallback stands in for; None where there are none."""
+    return proximal.missing if isinstance(proximal, Patched) else None
+
+
 def patch(
     exact: Sequence[Resolvable], missing: Sequence[Tensor], micro_batches: Sequence[MicroBatch], fallback: Anchor,
     trainer_version: int, reuse_policy: bool,

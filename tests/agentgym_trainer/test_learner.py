@@ -1,0 +1,86 @@
+"""What a batch's figures count: the same however many optimizer steps it is cut into, and by lag what the anchor counts
+in all; ranks are asked once for each sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from gradient_worker import VERSION, Versions, ragged_trajectories, small_model
+
+from agentgym.config import parse_config
+from agentgym.errors import VersionError
+from agentgym_trainer.learner import Learner, make_accelerator
+from agentgym_trainer.metrics import LAG_BUCKETS, StepMetrics
+from agentgym_trainer.settings import TrainConfig
+
+COUNTS = (
+    "policy/num_tokens", "trajectory/num_rows", "trajectory/num_excluded", "trajectory/num_trajectories",
+    "trajectory/num_undelivered", "trajectory/num_too_long", "trajectory/delivered_fraction",
+    "trajectory/num_zero_variance_groups",
+)  # fmt: skip
+
+
+class Counting(Learner):
+    """Notes how often ranks are asked for their sums."""
+
+    asked = 0
+
+    def over_ranks(self, metrics: StepMetrics) -> StepMetrics:
+        self.asked += 1
+        return super().over_ranks(metrics)
+
+
+class Without(Versions):
+    """A log that lacks one version."""
+
+    def __init__(self, model: Any, gone: int) -> None:
+        super().__init__(model)
+        self.gone = gone
+
+    def read(self, version: int) -> Mapping[str, np.ndarray]:
+        if version == self.gone:
+            raise VersionError(f"policy version {version} is not in the log")
+        return super().read(version)
+
+
+def learner(gone: int = -1, **sections: dict[str, Any]) -> Counting:
+    config = parse_config(TrainConfig, {"env": {"id": "maze"}, **sections})
+    model = small_model()
+    return Counting(make_accelerator(config), model, config, Without(model, gone))
+
+
+@pytest.mark.parametrize("updates", [2, 3])
+def test_a_batch_counts_the_same_however_it_is_cut(updates: int) -> None:
+    batch = [  # one group earns the same throughout
+        dataclasses.replace(trajectory, score=0.5) if trajectory.group_id == "g0" else trajectory
+        for trajectory in ragged_trajectories()
+    ]
+    settings = {"anchor": "snapshot", "on_discrepancy": "ignore", "max_sequence_tokens": 23}  # some rows are longer
+    whole = learner(trainer=settings).learn(batch, VERSION)
+    cut = learner(trainer={**settings, "updates_per_batch": updates}).learn(batch, VERSION)
+    assert {name: cut[name] for name in COUNTS} == {name: whole[name] for name in COUNTS}
+    assert whole["trajectory/num_zero_variance_groups"] == 1.0
+    assert whole["trajectory/num_too_long"] > 0
+    # what engine and trainer are compared on comes before the first optimizer step
+    assert 0 < cut["engine_mismatch/num_tokens"] < whole["engine_mismatch/num_tokens"]
+
+
+@pytest.mark.parametrize("action", ["warn", "ignore"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_ranks_are_asked_for_nothing_that_is_known(action: str, updates: int) -> None:
+    made = learner(trainer={"anchor": "resident", "on_discrepancy": action, "updates_per_batch": updates})
+    made.learn(ragged_trajectories(), VERSION)
+    assert made.asked == updates  # of two: the first, which the alarm looks at, and the rest
+
+
+def test_fallbacks_are_counted_by_the_lag_of_their_tokens() -> None:
+    made = learner(gone=1, trainer={"anchor": "auto"})
+    figures = made.learn(ragged_trajectories(), VERSION)
+    by_lag = {name: figures.get(f"anchor/{name}/num_fallbacks") for name in LAG_BUCKETS}
+    assert by_lag.pop("lag2") == figures["anchor/num_fallbacks"] == figures["policy/lag2/num_tokens"] > 0
+    assert by_lag.pop("lag0") == by_lag.pop("lag1") == 0.0
+    assert set(by_lag.values()) == {None}  # no tokens, no figure
