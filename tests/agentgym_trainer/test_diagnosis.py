@@ -283,6 +283,29 @@ def test_of_equal_evidence_the_simpler_cause_is_named() -> None:
     assert diagnose(compared, probes, 0.01).cause == "bf16_compute"
 
 
+@pytest.mark.parametrize(
+    ("size", "shift", "cause"),
+    [(1.0, 0, "bf16_compute"), (1.9, 0, "bf16_compute"), (2.2, 0, "unexplained"), (0.45, 0, "unexplained"),
+     (1.0, 37, "unexplained")],
+)  # fmt: skip
+def test_rounding_in_another_order_is_told_by_its_size_and_its_tokens(size: float, shift: int, cause: str) -> None:
+    """The prediction has the right size at the right tokens and the wrong sign at half of them."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 0.01 * torch.rand(200, generator=generator) ** 3
+    signs = torch.rand(2, 200, generator=generator).round() * 2 - 1
+    scored = -torch.rand(200, generator=generator) - 1
+    recorded = scored + size * signs[0] * scale.roll(shift)
+    compared = Compared(recorded, scored, torch.arange(200) // 20)
+    probes = [
+        Probe("bf16_head", scored + signs[1] * scale, "not this: it is predicted bit for bit"),
+        Probe("bf16_compute", scored + signs[1] * scale, "everything in bfloat16"),
+    ]
+    found = diagnose(compared, probes, FLOOR)
+    assert found.cause == cause
+    if cause == "bf16_compute":
+        assert f"added in another order: the differences are {size:.2g} times" in found.detail
+
+
 def test_a_floor_is_a_floor() -> None:
     compared = Compared(torch.zeros(2), torch.full((2,), 0.01), torch.zeros(2, dtype=torch.int64))
     excess = compared.mismatch.excess
