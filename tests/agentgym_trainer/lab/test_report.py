@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from agentgym.errors import InputError
 from agentgym_trainer.lab.cell import Conditions
 from agentgym_trainer.lab.figures import Interval, diagnostic_rows, reward_rows, t_quantile
 from agentgym_trainer.lab.grid import Grid
-from agentgym_trainer.lab.report import HOW_TO_FLOOR, make_report, read_floor, write_report
+from agentgym_trainer.lab.report import EXACT_AGREE, HOW_TO_FLOOR, make_report, read_floor, write_report
 
 STEP = {
     "policy/active_fraction": 0.9, "policy/mask_pass_fraction": 0.95, "policy/clip_pass_fraction": 0.94,
@@ -102,6 +103,7 @@ def test_the_page_needs_no_other_file_and_shows_every_figure(small_config, tmp_p
         "1.19",
         "103,552",
         HOW_TO_FLOOR,
+        EXACT_AGREE,
     ):
         assert figure in page
     assert page.count('src="data:image/png;base64,iVBOR') == 4
@@ -111,6 +113,14 @@ def test_the_page_needs_no_other_file_and_shows_every_figure(small_config, tmp_p
     assert stored["reward"][0]["heldout_reward"]["mean"] == pytest.approx(0.94)
     assert stored["config"]["rollout"]["groups_per_step"] == 3
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_test_that_the_page_names_is_there() -> None:
+    (name,) = re.findall(r"test_the_\w+", EXACT_AGREE)
+    (file,) = re.findall(r"tests/\S+\.py", EXACT_AGREE)
+    root = Path(__file__).parents[3]
+    assert f"def {name}(" in (root / file).read_text()
+    assert name in (root / "docs" / "labs.md").read_text()
 
 
 def test_a_measured_floor_stands_beside_law_f(small_config, tmp_path) -> None:

@@ -27,6 +27,13 @@ td, th { padding: .15rem .7rem; text-align: right } td:first-child, th:first-chi
 th { border-bottom: 1px solid #888 } tr:hover td { background: #f3f3f3 }
 img { max-width: 100% } pre { background: #f5f5f5; padding: .6rem; overflow-x: auto } .note { color: #555 }
 """
+# Of them the lab runs `snapshot`: the other two need a rollout service that samples meanwhile.
+EXACT_AGREE = (
+    "<code>snapshot</code> stands for all three exact anchors: the old logprobs of <code>snapshot</code>, "
+    "<code>old_logit_model</code> and <code>interrupt</code> (which takes one optimizer step per batch) are equal to "
+    "the bit where rows are laid out alike; <code>test_the_routes_agree_to_the_bit_and_a_killed_scorer_loses_nothing"
+    "</code> in tests/agentgym_trainer/anchors/test_exact_routes.py holds them to that."
+)
 HOW_TO_FLOOR = "python -m benchmarks logprob_conformance --out benchmarks/results/logprob_conformance.json"
 
 
@@ -150,7 +157,7 @@ def _reward_section(report: Mapping[str, Any], drawn: Mapping[plots.Arm, Sequenc
         "<p>Held-out reward after the last step (temperature 1), reward of the last quarter of the steps, and the "
         "difference of the held-out reward to <code>snapshot</code>'s under the same lag, updates and correction, seed "
         "by seed. Intervals are Student's, 95 %, over seeds. Few seeds: a ranking that an interval does not carry is "
-        "none.</p>",
+        f"none. {EXACT_AGREE}</p>",
         _image(plots.reward_plot(report["reward"]), "held-out reward"),
         _table(["run", "held-out", "late in training", "minus snapshot", "seeds"], rows),
         _image(plots.curve_plot(drawn), "reward in training"),
