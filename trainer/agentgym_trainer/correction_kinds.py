@@ -55,7 +55,8 @@ class Correction:
       al., Seq-MIS, rejection of sequences).
     * `bernoulli_kl_mask`: M_d = 1[D <= bound], 0.05, with D = mu log(mu/p) + (1-mu) log((1-mu)/(1-p)), the divergence
       of "this token or another" under mu and p = pi_prox (binary KL of DPPO, arXiv 2602.04879; here on r_d, hence
-      whatever the advantage's sign).
+      whatever the advantage's sign). DPPO's bounds are 0.05 for the KL and 0.15 for the TV (as TRL's DPPOConfig and
+      open-instruct have them).
     * `probability_difference_mask`: drops A > 0 where pi_prox - mu > bound and A < 0 where pi_prox - mu < -bound, 0.2
       (binary TV of DPPO, arXiv 2602.04879; prime-rl's default).
 
