@@ -12,13 +12,14 @@ import asyncio
 import dataclasses
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agentgym.engine.protocol import EngineStats, PauseMode, Probe, WeightUpdate
 from agentgym.engine.vllm_adapters import AdapterShelf
 from agentgym.engine.vllm_dispatch import Dispatch
+from agentgym.engine.vllm_facts import shape_of
 from agentgym.engine.vllm_replica import ReplicaLostError, Sampling
 from agentgym.engine.vllm_seat import ReplicaStatus, Seat
 from agentgym.engine.vllm_server import VllmServerOptions, python_with_vllm, remove_left_folders
@@ -45,7 +46,10 @@ class VllmEngine:
         self.max_lora_rank = max_lora_rank
         self.going = asyncio.Event()
         self.going.set()
-        self._vocab_size = _vocab_size(model_folder)
+        config = _config(model_folder)
+        self.shape: Mapping[str, Any] = shape_of(config)
+        self._vocab_size = int(config["vocab_size"])
+        self._files = _files(model_folder)
         self._update: WeightUpdate | None = None  # what is served; None: the weights of the model's folder
         self._prepared: tuple[WeightUpdate, PublishedTensors] | None = None
         self._probe: tuple[int, Probe] | None = None  # the last one, and its version
@@ -243,6 +247,17 @@ class VllmEngine:
     def _serving(self) -> list[Seat]:
         return [seat for seat in self.seats if seat.state == "serving"]
 
+    def check_folder(self) -> None:
+        """Raises InputError where the model's folder holds something else than when the engine began."""
+        now = _files(self.model_folder)
+        changed = sorted(name for name in self._files.keys() | now.keys() if self._files.get(name) != now.get(name))
+        if changed:
+            raise InputError(
+                f"{', '.join(changed)} in the model's folder {self.model_folder} changed since this engine began with "
+                "it, and a server that reads it now would serve another model; start the service again, with a folder "
+                "that stays"
+            )
+
     def serves(self) -> tuple[int, Path | None]:
         """The version that a replica must have, and the file that has its weights (None: the model's folder)."""
         return self.policy_version, self._update.path if self._update is not None else None
@@ -284,10 +299,18 @@ class VllmEngine:
         self._shelf.close()
 
 
-def _vocab_size(model_folder: Path) -> int:
-    """What the model's config says. Raises InputError where there is none."""
+def _files(model_folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the files that make the model."""
+    kinds = (".safetensors", ".bin", ".index.json")
+    paths = [path for path in model_folder.iterdir() if path.name == "config.json" or path.name.endswith(kinds)]
+    return {path.name: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths}
+
+
+def _config(model_folder: Path) -> dict[str, Any]:
+    """What config.json says of the text model. Raises InputError where it says no vocab_size."""
     try:
         config: dict[str, Any] = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-        return int((config.get("text_config") or config)["vocab_size"])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        config = config.get("text_config") or config
+        return config | {"vocab_size": int(config["vocab_size"])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"no model at {model_folder}: its config.json says no vocab_size ({error!r})") from error

@@ -10,14 +10,29 @@ from typing import Any
 
 from agentgym.errors import InputError
 
+_FORWARD = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters", "rope_theta",
+    "rope_scaling", "sliding_window", "attention_bias", "mlp_bias", "tie_word_embeddings", "num_experts",
+    "num_local_experts", "num_experts_per_tok", "n_embd", "n_layer", "n_head",
+)  # fmt: skip
+
+
+def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json (of the text model) says that its weights fit and its logprobs depend on."""
+    shape = {name: config[name] for name in _FORWARD if config.get(name) is not None}
+    if shape.get("tie_word_embeddings"):  # where the weights have a head of their own, vLLM unties it by itself
+        del shape["tie_word_embeddings"]
+    return shape
+
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
     """The settings of a server that correctness depends on.
 
     Example: `ServerFacts(model="/models/tiny", dtype="float32", max_context=512, logprobs_mode="processed_logprobs",
-    backend="agentgym_file", async_scheduling=False, splits_prompts=False, on_cpu=True, has_lora=False,
-    max_lora_rank=None)`.
+    backend="agentgym_file", async_scheduling=False, splits_prompts=False, on_cpu=True, quantization=None,
+    cache_dtype="auto", has_lora=False, max_lora_rank=None)`.
     """
 
     model: str
@@ -28,6 +43,8 @@ class ServerFacts:
     async_scheduling: bool
     splits_prompts: bool  # chunked prefill
     on_cpu: bool
+    quantization: str | None
+    cache_dtype: str  # of keys and values
     has_lora: bool
     max_lora_rank: int | None  # None: adapters cannot be loaded while it runs
 
@@ -45,6 +62,8 @@ class ServerFacts:
             async_scheduling=bool(scheduler.get("async_scheduling")),
             splits_prompts=bool(scheduler.get("enable_chunked_prefill")),
             on_cpu=(config.get("device_config") or {}).get("device") == "cpu",
+            quantization=model.get("quantization"),
+            cache_dtype=str((config.get("cache_config") or {}).get("cache_dtype", "auto")),
             has_lora=bool(config.get("lora_config")),
             max_lora_rank=int((config.get("lora_config") or {}).get("max_lora_rank", 0)) or None
             if takes_adapters
@@ -69,6 +88,16 @@ class ServerFacts:
             raise InputError(f"{name} schedules asynchronously, which is not proven here; add --no-async-scheduling")
         if self.dtype != dtype:
             raise InputError(f"{name} computes in {self.dtype}, engine.dtype is {dtype}; change one of them")
+        if self.quantization is not None:
+            raise InputError(
+                f"{name} quantizes the model ({self.quantization}), and this run's weights are served as they are "
+                "published; start it with the model itself, without --quantization"
+            )
+        if self.cache_dtype not in ("auto", dtype):
+            raise InputError(
+                f"{name} keeps keys and values as {self.cache_dtype}, which gives other logprobs than the trainer's; "
+                "start it with --kv-cache-dtype auto"
+            )
         if self.max_context < max_context:
             raise InputError(
                 f"{name} has a context of {self.max_context} tokens, this run needs {max_context}; start it with "

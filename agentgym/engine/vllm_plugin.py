@@ -43,7 +43,9 @@ def register() -> None:
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """There is nothing to agree on."""
+    """What config.json says of the model whose weights will come."""
+
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,7 +70,12 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._staged: Future[dict[str, torch.Tensor]] | None = None
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """As vLLM's; there is no connection."""
+        """As vLLM's; there is no connection. Raises ValueError where this is another model."""
+        mine = self.model_config.hf_text_config
+        for name, wanted in init_info.config.items():
+            if _differs(wanted, value := getattr(mine, name, None)):
+                said = f"another model: its {name} is {value}, and not {wanted}"
+                raise ValueError(said.replace("'", ""))  # vLLM quotes it; what asks reads to the next quote
 
     def start_weight_update(self) -> None:
         """As vLLM's; layers are touched in "apply" only."""
@@ -120,6 +127,15 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         """As vLLM's."""
         self._staged = None
         self._stager.shutdown(wait=False)
+
+
+def _differs(wanted: Any, value: Any) -> bool:
+    """Whether two values contradict each other; one that says nothing contradicts none."""
+    if wanted is None or value is None:
+        return False
+    if isinstance(wanted, dict) and isinstance(value, dict):
+        return any(_differs(wanted[key], value[key]) for key in wanted.keys() & value.keys())
+    return bool(wanted != value)
 
 
 def _map(path: str, checksums: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -320,6 +321,22 @@ class VllmReplica:
             )
         told = await self._get("/server_info?config_format=json")
         return ServerFacts.of(told["vllm_config"], takes_adapters="/v1/load_lora_adapter" in routes)
+
+    async def introduce(self, config: Mapping[str, Any]) -> None:
+        """Says which model is meant (what config.json says of it). Raises InputError where the server has another."""
+        try:
+            await self._post("/init_weight_transfer_engine", {"init_info": {"config": dict(config)}})
+        except ReplicaLostError:
+            raise
+        except EngineError as error:
+            found = re.search(r"""another model: ([^"'\\\n]+)""", str(error))
+            if found is not None:
+                said = f"serves another model: {found[1]}; start it with this run's model"
+            elif "unexpected keyword" in str(error):
+                said = "has the plug-in of another version of this distribution; install this one beside its vLLM"
+            else:
+                raise
+            raise InputError(f"{self.name} {said}") from error
 
     async def close(self) -> None:
         with contextlib.suppress(httpx.TransportError, RuntimeError):

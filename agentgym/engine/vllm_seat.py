@@ -54,7 +54,12 @@ class Served(Protocol):
     dtype: str
     max_context: int
     max_lora_rank: int | None
+    shape: Mapping[str, Any]  # of the model: what its config.json says
     going: asyncio.Event  # set while the engine is not paused
+
+    def check_folder(self) -> None:
+        """Raises InputError where the model's folder holds something else than when the engine began."""
+        ...
 
     def serves(self) -> tuple[int, Path | None]:
         """The version that a replica must have, and the file of its weights; None: those of the model's folder."""
@@ -121,13 +126,16 @@ class Seat:
     async def fill(self) -> None:
         """Gets a server that has the engine's version, and serves. Raises InputError, EngineError, EngineDiedError."""
         self.state = "starting"
-        replica = await self._server()
-        facts = await replica.facts()
         engine = self._engine
+        engine.check_folder()
+        replica = await self._server()
+        engine.check_folder()  # a server that was started here has read it meanwhile
+        facts = await replica.facts()
         facts.check(
             self.name, backend=BACKEND, dtype=engine.dtype, max_context=engine.max_context,
             max_lora_rank=engine.max_lora_rank,
         )  # fmt: skip
+        await replica.introduce(engine.shape)
         self._has_lora = facts.has_lora
         current = -1
         if self._options is not None:  # it has loaded the model's folder itself

@@ -4,7 +4,9 @@ Two replicas, started once for all tests here; the last test leaves them useless
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -179,6 +181,33 @@ def test_a_publication_while_requests_run(house: House, mode: PublishMode) -> No
     house.run(main())
 
 
+def test_a_prefix_that_is_cached_is_met_again_but_never_under_other_weights(house: House) -> None:
+    """`keep` clears no cache: what tells keys apart is the salt."""
+
+    async def main() -> None:
+        prompt = np.random.default_rng(7).integers(0, VOCAB, 200).tolist()
+
+        async def asked() -> tuple[Completion, int]:
+            before = [await house.figure_of_server(index, "prefix_cache_hits_total") for index in range(2)]
+            completion = await house.policy.complete(prompt, SamplingParams(20, seed=1, session="cached"))
+            after = [await house.figure_of_server(index, "prefix_cache_hits_total") for index in range(2)]
+            return completion, sum(after) - sum(before)
+
+        first, _ = await asked()
+        again, cached = await asked()
+        assert cached >= 64
+        assert again.token_ids == first.token_ids
+        update = house.update()
+        await house.policy.publish(update, "keep")
+        fresh, cached = await asked()
+        assert cached == 0
+        assert fresh.policy_versions == (update.version,) * 20
+        assert house.off(update.version - 1, prompt, fresh).max() > 0.01
+        house.assert_exact(prompt, fresh)
+
+    house.run(main())
+
+
 def test_only_layers_that_changed_are_sent_and_the_tied_head_follows(house: House) -> None:
     async def main() -> None:
         await house.policy.publish(house.update())
@@ -188,12 +217,18 @@ def test_only_layers_that_changed_are_sent_and_the_tied_head_follows(house: Hous
             staged = house.engine.seats[0]._staged
             assert staged is not None
             assert len(staged.names) == count
+            still = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=2))
+            assert still.policy_versions == (update.version - 1,) * 30
+            house.assert_exact([3, 1, 4], still)  # the new layers are made, and nobody computes with them yet
             report = await house.policy.publish(update)
             tensors = load_file(update.path)
             assert report.loaded_bytes == sum(tensors[name].nbytes for name in staged.names)
             completion = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
             assert completion.policy_versions == (update.version,) * 30
             house.assert_exact([3, 1, 4], completion)
+        server = house.engine.seats[0].server
+        assert server is not None
+        assert "28 tensors are loaded, their layers swapped in" in server.tail()
 
     house.run(main())
 
@@ -342,25 +377,56 @@ def test_a_replica_with_other_weights_is_taken_out_and_all_wrong_is_an_error(hou
 
         assert first.server is not None
         async with relayed(first.server.socket) as url:
+            for name, value in OTHERS.items():
+                other_model = another_model(house.folder, house.tmp / f"other-{name}", **{name: value})
+                with pytest.raises(InputError, match=f"{url} serves another model: its {name} is .*, and not .*start"):
+                    await VllmEngine.connect(other_model, [url], max_context=CONTEXT)
+            in_parts = house.tmp / "in-parts"
+            house.models[0].save_pretrained(in_parts, max_shard_size="50KB")
+            with pytest.raises(InputError, match=rf"serves {house.folder}, and this run {in_parts}; start it with"):
+                await VllmEngine.connect(in_parts, [url], max_context=CONTEXT)
+            house.assert_exact([1], await _complete_on(house, 0, [1]))  # none of them has touched what it serves
+
             with pytest.raises(InputError, match="--max-model-len 4096"):
                 await VllmEngine.connect(house.folder, [url], max_context=4096)
             with pytest.raises(InputError, match=r"engine\.dtype is bfloat16"):
                 await VllmEngine.connect(house.folder, [url], max_context=CONTEXT, dtype="bfloat16")
             with pytest.raises(InputError, match=r"this run publishes rank 4; .*--enable-lora"):
                 await VllmEngine.connect(house.folder, [url], max_context=CONTEXT, max_lora_rank=4)
-            stranger = await VllmEngine.connect(house.folder, [url], max_context=CONTEXT)
+            same = another_model(house.folder, house.tmp / "same")
+            stranger = await VllmEngine.connect(same, [url], max_context=CONTEXT)
             completion = await VersionedPolicy(stranger).complete([7, 8], SamplingParams(20, seed=1))
             assert completion.policy_versions == (0,) * 20
             assert house.off(0, [7, 8], completion).max() < TOLERANCE  # it has version 0 again, whatever it had
             await VersionedPolicy(stranger).publish(WeightUpdate(1, other.path))
             completion = await VersionedPolicy(stranger).complete([7, 8], SamplingParams(20, seed=1))
             assert house.off(other.version, [7, 8], completion).max() < TOLERANCE
+            (same / "config.json").touch()
+            stranger.seats[0].lose("it went away")
+            while "changed since" not in stranger.replicas()[0].error:
+                await asyncio.sleep(0.05)
+            assert stranger.replicas()[0].state == "lost"  # and stays so: it would come back as another model
             await stranger.close()
         with pytest.raises(EngineError, match=rf"after version {update.version} no replica has the trainer's logprobs"):
             await engine.verify(probe)
         assert [status.state == "serving" for status in engine.replicas()] == [False, False]
 
     house.run(main())
+
+
+OTHERS: dict[str, object] = {
+    "vocab_size": VOCAB + 3,
+    "num_hidden_layers": 4,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+}
+
+
+def another_model(folder: Path, to: Path, **changes: object) -> Path:
+    """A copy of `folder` whose config.json says something else."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
+    return to
 
 
 async def _complete_on(house: House, index: int, prompt: Sequence[int]) -> Completion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,22 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_pretender import FACTS
 
 from agentgym.engine import vllm_keeper
 from agentgym.engine.vllm_engine import VllmEngine
 from agentgym.engine.vllm_facts import ServerFacts
+from agentgym.engine.vllm_seat import Seat
 from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
-
-FACTS = {
-    "model_config": {
-        "model": "m", "dtype": "torch.float32", "max_model_len": 128, "logprobs_mode": "processed_logprobs",
-    },
-    "scheduler_config": {"async_scheduling": False, "enable_chunked_prefill": False},
-    "device_config": {"device": "cpu"},
-    "lora_config": None,
-    "weight_transfer_config": {"backend": BACKEND},
-}  # fmt: skip
 
 
 def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> None:
@@ -44,6 +37,8 @@ def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> 
         ("model_config", "logprobs_mode", "raw_logprobs", "--logprobs-mode processed_logprobs"),
         ("model_config", "dtype", "torch.bfloat16", "engine.dtype is float32"),
         ("model_config", "max_model_len", 64, "--max-model-len 128"),
+        ("model_config", "quantization", "fp8", "without --quantization"),
+        ("cache_config", "cache_dtype", "fp8_e4m3", "--kv-cache-dtype auto"),
         ("scheduler_config", "async_scheduling", True, "--no-async-scheduling"),
         ("scheduler_config", "enable_chunked_prefill", True, "--no-enable-chunked-prefill"),
         ("weight_transfer_config", "backend", "nccl", "--weight-transfer-config"),
@@ -107,6 +102,46 @@ def test_a_server_that_ends_while_starting_leaves_its_last_words(tmp_path: Path)
         assert "no memory for the cache" in await server.ended
         await server.close()
 
+    asyncio.run(main())
+
+
+CHANGING = """#!{python}
+import sys
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import UnixStreamServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *said):
+        pass
+
+options = dict(zip(sys.argv[1:], sys.argv[2:]))
+(Path(options["--model"]) / "model.safetensors").write_bytes(b"others")
+UnixStreamServer(options["--uds"], Handler).serve_forever()
+"""
+
+
+def test_a_server_is_not_used_that_read_another_model_than_the_engine_began_with(model_of, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_of("llama")[0], tmp_path / "model")
+    python = tmp_path / "python"
+    python.write_text(CHANGING.format(python=sys.executable))
+    python.chmod(0o755)
+
+    async def refused(options: VllmServerOptions) -> None:
+        seat = Seat(engine, "vllm 0", options, None)
+        with pytest.raises(InputError, match=r"^model\.safetensors in the model's folder .*/model changed since"):
+            await seat.fill()
+        await seat.close()
+
+    async def main() -> None:
+        await refused(VllmServerOptions(python, 64))  # it changes while the server starts
+        await refused(VllmServerOptions(tmp_path / "none", 64))  # it has changed: none is started
+
+    engine = VllmEngine(folder, 64, "float32")
     asyncio.run(main())
 
 

@@ -158,10 +158,14 @@ class House:
         return psutil.Process(server.pid).children(recursive=True)
 
     async def running_on_server(self, index: int) -> int:
+        return await self.figure_of_server(index, "num_requests_running")
+
+    async def figure_of_server(self, index: int, name: str) -> int:
+        """What the server itself says at /metrics."""
         replica = self.engine.seats[index].replica
         assert replica is not None
         text = (await replica._http.get("/metrics")).text
-        return int(sum(float(value) for value in re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.M)))
+        return int(sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.M)))
 
 
 def prompts(count: int) -> list[list[int]]:

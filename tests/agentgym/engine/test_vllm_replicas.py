@@ -1,0 +1,208 @@
+"""Several servers as one engine: who gets a request, and what becomes of a server that fails. The servers speak vLLM's
+routes and have no model: what they would compute is not the question here (test_vllm_engine.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from vllm_pretender import HANGS_UP, Pretender
+
+from agentgym.engine.gate import VersionedPolicy
+from agentgym.engine.protocol import WeightUpdate
+from agentgym.engine.vllm_engine import VllmEngine
+from agentgym.errors import EngineDiedError, EngineError, InputError
+from agentgym.policy import SamplingParams
+
+
+@contextlib.asynccontextmanager
+async def house(folder: Path, count: int = 2) -> AsyncIterator[tuple[VllmEngine, list[Pretender]]]:
+    servers = [Pretender() for _ in range(count)]
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server.listening())
+        engine = await VllmEngine.connect(folder, [server.url for server in servers], max_context=64)
+        try:
+            yield engine, servers
+        finally:
+            await engine.close()
+
+
+async def until(engine: VllmEngine, *states: str) -> None:
+    while [status.state for status in engine.replicas()] != list(states):
+        await asyncio.sleep(0.005)
+
+
+async def ask(policy: VersionedPolicy, session: str | None = None) -> tuple[int, ...]:
+    return (await policy.complete([1, 2], SamplingParams(3, seed=1, session=session))).policy_versions
+
+
+def requests_at(servers: list[Pretender]) -> list[int]:
+    return [server.asked["/inference/v1/generate"] for server in servers]
+
+
+def test_a_session_stays_where_its_keys_are_and_others_go_where_least_is_running(model_of) -> None:
+    async def main() -> None:
+        async with house(model_of("llama")[0]) as (engine, servers):
+            policy = VersionedPolicy(engine)
+            for server in servers:
+                server.go.clear()
+            held = [asyncio.ensure_future(ask(policy, "first"))]
+            while sum(requests_at(servers)) < 1:
+                await asyncio.sleep(0.001)
+            home = requests_at(servers).index(1)
+            away = 1 - home
+            held += [asyncio.ensure_future(ask(policy, "second")), asyncio.ensure_future(ask(policy, "third"))]
+            while sum(requests_at(servers)) < 3:
+                await asyncio.sleep(0.001)
+            assert requests_at(servers)[away] >= 1, "the second went to the one that had nothing to do"
+            before = requests_at(servers)
+            for server in servers:
+                server.go.set()
+            await asyncio.gather(*held)
+            for _ in range(5):
+                await ask(policy, "second")  # whose server is not the one that is tried first
+            assert requests_at(servers)[away] == before[away] + 5
+            assert requests_at(servers)[home] == before[home]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_replica_that_fails_to_load_is_taken_out_and_never_serves_what_is_old(model_of, perturbed) -> None:
+    folder, model = model_of("llama")
+
+    async def main() -> None:
+        async with house(folder) as (engine, servers):
+            policy = VersionedPolicy(engine)
+            right, wrong = servers
+            wrong.failing["/update_weightsapply"] = 500, "no memory left"
+            report = await policy.publish(WeightUpdate(1, perturbed(model, 1)[0]))
+            assert report.loaded_bytes > 0
+            assert [status.state == "serving" for status in engine.replicas()] == [True, False]
+            before = requests_at(servers)
+            assert await asyncio.gather(*(ask(policy, f"s{index}") for index in range(6))) == [(1, 1, 1)] * 6
+            assert requests_at(servers) == [before[0] + 6, before[1]]
+            while "status 500: " not in engine.replicas()[1].error:  # that of the attempt to bring it back
+                await asyncio.sleep(0.005)
+            assert "no memory left" in engine.replicas()[1].error
+            del wrong.failing["/update_weightsapply"]
+            await until(engine, "serving", "serving")
+            assert [status.policy_version for status in engine.replicas()] == [1, 1]
+            assert engine.replicas()[1].restarts == 1
+            right.failing["/update_weightsapply"] = wrong.failing["/update_weightsapply"] = 500, "no memory left"
+            with pytest.raises(EngineError, match=r"no replica could load version 2: .*no memory left"):
+                await policy.publish(WeightUpdate(2, perturbed(model, 2)[0]))
+            assert policy.policy_version == 1
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_replica_that_comes_back_as_another_model_stays_out_and_says_so(model_of) -> None:
+    async def main() -> None:
+        async with house(model_of("llama")[0]) as (engine, servers):
+            policy = VersionedPolicy(engine)
+            said = "Worker failed with error 'another model: its hidden_size is 64, and not 32', please check the trace"
+            servers[1].failing["/init_weight_transfer_engine"] = 500, said
+            engine.seats[1].lose("it went away")
+            while "another model" not in engine.replicas()[1].error:
+                await asyncio.sleep(0.005)
+            status = engine.replicas()[1]
+            assert status.error.startswith(
+                f"{status.name} serves another model: its hidden_size is 64, and not 32; start"
+            )
+            assert [await ask(policy, f"s{index}") for index in range(4)] == [(0, 0, 0)] * 4
+            assert requests_at(servers) == [4, 0]
+            loaded = servers[1].asked["/update_weightsapply"]
+            assert loaded == 1, "nothing was loaded into the other model"
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_server_of_another_model_is_refused_at_the_start_before_anything_is_loaded(model_of) -> None:
+    async def main() -> None:
+        server = Pretender()
+        server.failing["/init_weight_transfer_engine"] = 500, "another model: its vocab_size is 9, and not 61"
+        async with server.listening():
+            with pytest.raises(
+                InputError, match=f"{server.url} serves another model: its vocab_size is 9, and not 61; start"
+            ):
+                await VllmEngine.connect(model_of("llama")[0], [server.url], max_context=64)
+            server.failing["/init_weight_transfer_engine"] = 500, "unexpected keyword argument 'config'"
+            with pytest.raises(InputError, match="another version of this distribution"):
+                await VllmEngine.connect(model_of("llama")[0], [server.url], max_context=64)
+        assert not [route for route in server.asked if route.startswith(("/update", "/start", "/pause"))]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_keys_of_one_version_are_never_asked_for_under_another(model_of, perturbed) -> None:
+    folder, model = model_of("llama")
+
+    async def main() -> None:
+        async with house(folder, 1) as (engine, servers):
+            policy = VersionedPolicy(engine)
+            for version in (1, 2):
+                await ask(policy)
+                await policy.publish(WeightUpdate(version, perturbed(model, version)[0]), "keep")
+            await ask(policy)
+            assert servers[0].salts == [f"{engine.run}:{version}" for version in range(3)]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_server_that_somebody_else_has_paused_is_asked_again(model_of) -> None:
+    """0.33 answers 503 where 0.32 lets a request wait."""
+
+    async def main() -> None:
+        async with house(model_of("llama")[0], 1) as (engine, servers):
+            servers[0].failing["/inference/v1/generate"] = 503, "the engine is paused"
+            asked = asyncio.ensure_future(ask(VersionedPolicy(engine)))
+            while servers[0].asked["/inference/v1/generate"] < 3:
+                await asyncio.sleep(0.005)
+            assert not asked.done()
+            del servers[0].failing["/inference/v1/generate"]
+            assert await asked == (0, 0, 0)
+            assert [status.state for status in engine.replicas()] == ["serving"]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_request_that_only_ever_loses_its_server_fails_typed(model_of) -> None:
+    async def main() -> None:
+        async with house(model_of("llama")[0]) as (engine, servers):
+            for server in servers:
+                server.failing["/inference/v1/generate"] = HANGS_UP, ""
+            with pytest.raises(EngineDiedError, match=r"a request failed 3 times in a row: vllm at .* went away"):
+                await ask(VersionedPolicy(engine))
+            assert sum(requests_at(servers)) == 3
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_request_goes_on_elsewhere_when_its_server_dies(model_of) -> None:
+    async def main() -> None:
+        async with house(model_of("llama")[0]) as (engine, servers):
+            for route in ("/inference/v1/generate", "/health"):
+                servers[0].failing[route] = HANGS_UP, ""
+            assert await ask(VersionedPolicy(engine)) == (0, 0, 0)
+            assert requests_at(servers) == [1, 1]
+            assert engine.replicas()[0].state != "serving"
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_requests_do_not_wait_for_ever_for_a_replica(model_of) -> None:
+    async def main() -> None:
+        async with house(model_of("llama")[0], 1) as (engine, servers):
+            servers[0].failing["/health"] = HANGS_UP, ""
+            engine._dispatch._lost_s = 0.2
+            engine.seats[0].lose("it went away")
+            with pytest.raises(
+                EngineDiedError, match=r"no vLLM replica has served for 0 s: vllm at .*: no vLLM server"
+            ):
+                await ask(VersionedPolicy(engine))
+
+    asyncio.run(asyncio.wait_for(main(), 30))
