@@ -98,7 +98,8 @@ def test_the_default_floor_is_of_the_loosest_dtype_that_computes() -> None:
         return DiscrepancyAlarm.of(TrainConfig.model_validate(values), loud=True).floor
 
     assert floor() == FLOORS["float32"] == 1e-4
-    assert floor(engine__dtype="bfloat16") == floor(trainer__dtype="bfloat16") == FLOORS["bfloat16"]
+    rounded = {"engine__dtype": "bfloat16", "trainer__publish_dtype": "bfloat16"}
+    assert floor(**rounded) == floor(trainer__dtype="bfloat16") == FLOORS["bfloat16"]
     assert floor(trainer__publish_dtype="bfloat16") == 1e-4  # rounded values, computed in fp32 on both sides
     assert floor(trainer__discrepancy_floor=0.3) == 0.3
 

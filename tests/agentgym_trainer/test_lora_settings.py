@@ -39,11 +39,12 @@ def test_bad_sections_name_path_value_and_mend(section: dict[str, Any], message:
         config_of(section)
 
 
-def test_an_engine_that_would_round_the_adapter_is_refused() -> None:
+@pytest.mark.parametrize("lora", [{}, {"lora": LORA}])
+def test_an_engine_that_would_round_what_is_published_is_refused(lora: dict[str, Any]) -> None:
     sections = {"env": {"id": "maze"}, "engine": {"dtype": "bfloat16"}}
-    with pytest.raises(ConfigError, match=r"trainer\.publish_dtype must be 'bfloat16' with trainer\.lora"):
-        parse_config(TrainConfig, {**sections, "trainer": {"lora": LORA}})
-    parse_config(TrainConfig, {**sections, "trainer": {"lora": LORA, "publish_dtype": "bfloat16"}})
+    with pytest.raises(ConfigError, match=r"trainer\.publish_dtype must be 'bfloat16' where engine\.dtype is 'bfl"):
+        parse_config(TrainConfig, {**sections, "trainer": lora})
+    parse_config(TrainConfig, {**sections, "trainer": {**lora, "publish_dtype": "bfloat16"}})
 
 
 def test_servers_are_started_for_the_rank_that_is_published() -> None:

@@ -16,6 +16,8 @@ from agentgym_trainer.publish import published_weights
 from agentgym_trainer.published_probe import published_probe
 from agentgym_trainer.settings import TrainConfig
 
+ROUNDED: dict[str, Any] = {"engine": {"dtype": "bfloat16"}, "publish_dtype": "bfloat16"}
+
 
 def config(engine: Mapping[str, Any] | None = None, **trainer: Any) -> TrainConfig:
     return parse_config(TrainConfig, {"env": {"id": "maze"}, "trainer": trainer, "engine": engine or {}})
@@ -56,7 +58,7 @@ def test_the_tolerance_is_the_coarser_sides_unless_it_is_set(
         return probe.tolerance
 
     assert tolerance() == 1e-3
-    assert tolerance(dtype="bfloat16") == tolerance(engine={"dtype": "bfloat16"}) == 0.5
+    assert tolerance(dtype="bfloat16") == tolerance(**ROUNDED) == 1.0
     assert tolerance(dtype="bfloat16", probe_tolerance=0.1) == 0.1
 
 

@@ -17,9 +17,12 @@ from agentgym_trainer.logprobs import token_logprobs
 from agentgym_trainer.publish import as_published
 from agentgym_trainer.settings import TrainConfig
 
-# Both sides in fp32 differ by 1e-4 at most (benchmarks/logprob_conformance). bfloat16 has eight bits: a token's logits
-# may be off by some percent, and other weights than those published are told by more.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+# The largest difference of a probe of 64 tokens, measured. Both sides in fp32: 1e-4 at most
+# (benchmarks/logprob_conformance). A forward wholly in bfloat16 against fp32, SmolLM2-135M on 80 passages of this
+# repository's pages: 0.18 at the median, 0.28 in one of ten, 0.69 at most (0.70 on random tokens; the tiny model 0.09
+# and 0.28). Weights that are off by 3 % each show 1.7 at the median; those of a step before show less than bfloat16
+# does, and are told by r_d alone.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 
 
 def published_probe(

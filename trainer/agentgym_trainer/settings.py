@@ -97,7 +97,7 @@ class TrainerSection(Section):
     discrepancy_floor: float | None = Field(default=None, gt=0.0)  # of mean exp|dlogp| - 1; None: 1e-4, in bf16 0.05
     # Tokens with which vLLM servers are compared after a publication; 0: none, where a forward of so many is too dear.
     probe_tokens: int = Field(default=64, ge=0)
-    probe_tolerance: float | None = Field(default=None, gt=0.0)  # of a logprob; None: 1e-3, and 0.5 in bfloat16
+    probe_tolerance: float | None = Field(default=None, gt=0.0)  # of a logprob; None: 1e-3, and 1 in bfloat16
     threads: int = Field(default=1, ge=1)  # compute threads per trainer process on a CPU
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -242,11 +242,11 @@ class TrainConfig(ServiceConfig):
         return self
 
     @model_validator(mode="after")
-    def _adapter_reaches_the_engine(self) -> TrainConfig:
-        if self.trainer.lora and self.engine.dtype == "bfloat16" and self.trainer.publish_dtype == "float32":
+    def _weights_reach_the_engine(self) -> TrainConfig:
+        if self.engine.dtype == "bfloat16" and self.trainer.publish_dtype == "float32":
             raise ValueError(
-                "trainer.publish_dtype must be 'bfloat16' with trainer.lora where engine.dtype is 'bfloat16', got "
-                "'float32': the engine would round the adapter, and no old logprob would be of what it serves"
+                "trainer.publish_dtype must be 'bfloat16' where engine.dtype is 'bfloat16', got 'float32': the engine "
+                "would round what is published, and no old logprob would be of what it serves"
             )
         if self.trainer.lora and (self.engine.max_lora_rank or self.trainer.lora.rank) < self.trainer.lora.rank:
             raise ValueError(
