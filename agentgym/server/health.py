@@ -74,7 +74,8 @@ class Health:
             "policy_version": service.policy.policy_version,
             "engine": engine,
             "replicas": [  # to anybody who asks: no addresses, no errors
-                {key: replica[key] for key in ("name", "state", "policy_version")} for replica in self._replicas()
+                {"replica": number, "state": replica["state"], "policy_version": replica["policy_version"]}
+                for number, replica in enumerate(self._replicas())
             ],
             "requests": self.door.running if self.door else 0,
             "sessions": service.sessions.num_open,
