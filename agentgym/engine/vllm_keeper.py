@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.25
 _POLITE_S = 5.0  # after SIGTERM
-_TRACKER_S = 2.0  # for a resource tracker to end by itself
+_TRACKER_S = 4.0  # for a resource tracker to end by itself
 
 
 def keep(owner: int, command: list[str]) -> int:
