@@ -40,7 +40,7 @@ from benchmarks.publish import vllm_python
 
 _CONCURRENT = 48
 _PROMPT, _REPLY, _CONTEXT = 64, 128, 256
-_VOCABULARY = 512
+_VOCABULARY = 8192
 _ROUTES = ("direct", "gateway", "direct_completions", "direct_chat", "gateway_chat")
 
 

@@ -5,8 +5,9 @@ vLLM's environment, where this distribution is installed without its dependencie
 only. vLLM finds `register` through the entry-point group `vllm.general_plugins`.
 
 One update is three calls of /update_weights: "stage" begins to map and compare in a thread while the engine samples,
-"verify" waits for that and raises what is wrong with the file, "apply" loads. vLLM reloads layer by layer and repacks
-a layer on the CPU when it is whole, so whoever sends names sends all names of a layer.
+and on the CPU makes the new layers there (vllm_beside.py); "verify" waits for that and raises what is wrong with the
+file; "apply" swaps them in, or loads. vLLM reloads layer by layer and repacks a layer on the CPU when it is whole, so
+whoever sends names sends all names of a layer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from agentgym.engine.vllm_beside import Beside
 
 BACKEND = "agentgym_file"
 _ROW = 1024  # words; as in vllm_weights.py, which computes the same sums with numpy
@@ -57,6 +60,14 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     tensors: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """What "apply" loads: tensors as they came, or layers that are made of them already."""
+
+    tensors: dict[str, torch.Tensor]
+    beside: Beside | None
+
+
 class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     """Maps safetensors files that this machine can read."""
 
@@ -67,7 +78,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stager = ThreadPoolExecutor(1, "agentgym-stage")
-        self._staged: Future[dict[str, torch.Tensor]] | None = None
+        self._staged: Future[_Staged] | None = None
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         """As vLLM's; there is no connection. Raises ValueError where this is another model."""
@@ -90,17 +101,33 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """One of the three steps."""
         if update_info.step == "stage":
-            self._staged = self._stager.submit(_map, update_info.path, update_info.tensors)
+            self._staged = self._stager.submit(self._stage, update_info.path, update_info.tensors)
             return
         if self._staged is None:
             raise ValueError(f"step {update_info.step!r} before step 'stage'")
-        tensors = self._staged.result()
+        staged = self._staged.result()
         if update_info.step == "apply":
-            self._apply(tensors)
+            self._apply(staged)
         elif update_info.step != "verify":
             raise ValueError(f"unknown step {update_info.step!r}")
 
-    def _apply(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _stage(self, path: str, checksums: dict[str, str]) -> _Staged:
+        tensors = _map(path, checksums)
+        if self.device.type != "cpu" or not self.model_config.enforce_eager:
+            return _Staged(tensors, None)
+        modules = _modules(self.model, list(tensors))
+        return _Staged(tensors, Beside.make(self.model, modules, tensors, self.model_config))
+
+    def _apply(self, staged: _Staged) -> None:
+        if staged.beside is None:
+            self._reload(staged.tensors)
+            _log.info("%d tensors are loaded, layer by layer", len(staged.tensors))
+        else:
+            staged.beside.swap()
+            self._stager.submit(staged.beside.drop_old)
+            _log.info("%d tensors are loaded, their layers swapped in", len(staged.tensors))
+
+    def _reload(self, tensors: dict[str, torch.Tensor]) -> None:
         modules = _modules(self.model, list(tensors))
         for module in modules:
             initialize_layerwise_reload(module)
