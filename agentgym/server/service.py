@@ -190,6 +190,8 @@ class RolloutService:
             versions_dir=str(self._versions_dir),
             evaluating=next((run.progress for run in self._evaluations.values() if not run.task.done()), ""),
             waiting_for=collector.waiting_for(),
+            model=self.model_name,
+            model_id=self._model_id,
         )
 
     async def take_batch(self, trainer_version: int, timeout_s: float, step: int) -> Batch | None:

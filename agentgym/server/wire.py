@@ -108,7 +108,8 @@ class ServiceStatus:
 
     Example: `ServiceStatus(policy_version=3, collecting=True, in_flight=64, started_groups=9, ready_groups=4,
     episodes=800, failed=0, discarded_groups=0, sampled_tokens=88000, tokens_per_s=9100.0, live_versions=(2, 3),
-    versions_dir="runs/quickstart/versions", evaluating="", waiting_for="4 of 48 groups ready; episodes: 64 sampling")`.
+    versions_dir="runs/quickstart/versions", evaluating="", waiting_for="4 of 48 groups ready; episodes: 64 sampling",
+    model="tiny", model_id="93a1c0de93a1c0de")`.
     """
 
     policy_version: int
@@ -125,6 +126,8 @@ class ServiceStatus:
     versions_dir: str  # the folder that published weights must lie in
     evaluating: str  # "" when no evaluation runs, else such as "37/512 episodes"
     waiting_for: str
+    model: str  # its name
+    model_id: str  # which model that is (`agentgym.server.models.model_id`)
 
 
 # ------------------------------------------------------------------------------------------------------ requests

@@ -208,6 +208,16 @@ def test_a_run_connects_to_a_service_that_runs_already(tmp_path):
         for name in ("first", "second"):  # the second run meets a service that has served versions already
             connect = (f"run.service_url={url}", f"run.service_key_file={key}", f"run.name={name}")
             run(QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=2", *connect, *sections)
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
+        refused = subprocess.run(
+            command(QUICKSTART, f"run.dir={tmp_path}", *connect, "run.name=third", *sections, f"model.name={other}"),
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert refused.returncode == 2
+        assert "serves the model 'tiny', and this run trains" in " ".join(refused.stderr.split())
+        assert not (tmp_path / "third").exists()
         versions = [row["policy_version"] for name in ("first", "second") for row in metrics_of(tmp_path / name)]
         assert versions == sorted(set(versions))
         assert len(versions) == 4

@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from agentgym.errors import ConfigError, ServiceError
+from agentgym.errors import ConfigError, InputError, ServiceError
 from agentgym.server.client import ServiceClient, start_service
+from agentgym.server.models import model_id
 from agentgym.server.wire import Batch, Evaluation, Probe, PublishReport, ServiceStatus
 from agentgym.trajectory import ScoredSequences
 from agentgym.versions import VersionLog
@@ -98,6 +99,7 @@ class Leader:
                 key = _read_key(config.run.service_key_file)
                 client = stack.enter_context(ServiceClient(config.run.service_url, key))
                 status = client.wait_ready()
+                _check_model(status, config, model_folder)
                 versions = VersionLog(Path(status.versions_dir), first=status.policy_version + 1)
                 _hold_known(versions, "service", status.live_versions)  # what an earlier run left in its buffer
                 scorer = stack.enter_context(_scorer(config, folder, model_folder, versions))
@@ -295,6 +297,15 @@ def _hold_known(versions: VersionLog, holder: str, referred: Iterable[int]) -> N
 
 def _is_published_whole(config: TrainConfig) -> bool:
     return config.trainer.publish_dtype == "float32" or config.trainer.lora is not None
+
+
+def _check_model(status: ServiceStatus, config: TrainConfig, model_folder: Path) -> None:
+    if status.model_id != model_id(model_folder):
+        raise InputError(
+            f"the service at {config.run.service_url} serves the model {status.model!r}, and this run trains "
+            f"{config.model.name!r}, which is another one by its config.json; set model.name to the service's, or start "
+            "a service with this run's"
+        )
 
 
 def _read_key(path: Path) -> str:

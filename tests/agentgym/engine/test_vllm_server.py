@@ -25,9 +25,12 @@ from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
 
 def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> None:
-    source = (Path(vllm_keeper.__file__).parent / "vllm_plugin.py").read_text()
-    assert f'BACKEND = "{BACKEND}"' in source
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    parts = [(Path(vllm_keeper.__file__).parent / f"{name}.py").read_text() for name in ("vllm_plugin", "vllm_beside")]
+    assert f'BACKEND = "{BACKEND}"' in parts[0]
+    lines = [line for part in parts for line in part.splitlines() if line.startswith(("import ", "from "))]
+    ours = [line for line in lines if "agentgym" in line]
+    assert ours == ["from agentgym.engine.vllm_beside import Beside"]  # installed there without its dependencies
+    imported = {line.split()[1].split(".")[0] for line in lines if line not in ours}
     assert imported - set(sys.stdlib_module_names) == {"torch", "safetensors", "vllm"}
 
 

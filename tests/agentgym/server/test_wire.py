@@ -20,7 +20,7 @@ MESSAGES = [
     wire.Batch("b", (GROUP,), (2, 3), {"reward_mean": 0.5}, {"next": 4, "pending": [1, 2]}),
     wire.PublishReport(3, 0.1, 0.2, (2, 3), 4096),
     wire.Evaluation(8, 7, 1, 0.5, 0.25, 4.0, 3, 1.5),
-    wire.ServiceStatus(3, True, 64, 9, 4, 800, 1, 0, 88, 9.5, (2, 3), "versions", "", "4 of 48 groups ready"),
+    wire.ServiceStatus(3, True, 64, 9, 4, 800, 1, 0, 88, 9.5, (2, 3), "versions", "", "4 of 48 ready", "tiny", "9f"),
     wire.EvaluateRequest(4, "heldout", 1.0, 0),
     wire.BatchRequest(3, 5.0, 4),
 ]
