@@ -303,8 +303,8 @@ def _check_model(status: ServiceStatus, config: TrainConfig, model_folder: Path)
     if status.model_id != model_id(model_folder):
         raise InputError(
             f"the service at {config.run.service_url} serves the model {status.model!r}, and this run trains "
-            f"{config.model.name!r}, which is another one by its config.json; set model.name to the service's, or start "
-            "a service with this run's"
+            f"{config.model.name!r}, which is another one by its config.json; set model.name to the service's, or "
+            "start a service with this run's"
         )
 
 

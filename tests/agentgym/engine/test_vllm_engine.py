@@ -4,18 +4,27 @@ Two replicas, started once for all tests here; the last test leaves them useless
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.torch import load_file
-from vllm_house import CONTEXT, TOLERANCE, VOCAB, House, begun, hearing, prompts, relayed, save_small_model
+from vllm_house import (
+    CONTEXT,
+    TOLERANCE,
+    VOCAB,
+    House,
+    another_model,
+    begun,
+    hearing,
+    prompts,
+    refused_as_others,
+    relayed,
+    save_small_model,
+)
 
 from agentgym.engine.gate import PublishMode, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
@@ -188,10 +197,9 @@ def test_a_prefix_that_is_cached_is_met_again_but_never_under_other_weights(hous
         prompt = np.random.default_rng(7).integers(0, VOCAB, 200).tolist()
 
         async def asked() -> tuple[Completion, int]:
-            before = [await house.figure_of_server(index, "prefix_cache_hits_total") for index in range(2)]
+            before = await house.cached_tokens()
             completion = await house.policy.complete(prompt, SamplingParams(20, seed=1, session="cached"))
-            after = [await house.figure_of_server(index, "prefix_cache_hits_total") for index in range(2)]
-            return completion, sum(after) - sum(before)
+            return completion, await house.cached_tokens() - before
 
         first, _ = await asked()
         again, cached = await asked()
@@ -377,14 +385,7 @@ def test_a_replica_with_other_weights_is_taken_out_and_all_wrong_is_an_error(hou
 
         assert first.server is not None
         async with relayed(first.server.socket) as url:
-            for name, value in OTHERS.items():
-                other_model = another_model(house.folder, house.tmp / f"other-{name}", **{name: value})
-                with pytest.raises(InputError, match=f"{url} serves another model: its {name} is .*, and not .*start"):
-                    await VllmEngine.connect(other_model, [url], max_context=CONTEXT)
-            in_parts = house.tmp / "in-parts"
-            house.models[0].save_pretrained(in_parts, max_shard_size="50KB")
-            with pytest.raises(InputError, match=rf"serves {house.folder}, and this run {in_parts}; start it with"):
-                await VllmEngine.connect(in_parts, [url], max_context=CONTEXT)
+            await refused_as_others(house, url)
             house.assert_exact([1], await _complete_on(house, 0, [1]))  # none of them has touched what it serves
 
             with pytest.raises(InputError, match="--max-model-len 4096"):
@@ -414,54 +415,6 @@ def test_a_replica_with_other_weights_is_taken_out_and_all_wrong_is_an_error(hou
     house.run(main())
 
 
-OTHERS: dict[str, object] = {
-    "vocab_size": VOCAB + 3,
-    "num_hidden_layers": 4,
-    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
-}
-
-
-def another_model(folder: Path, to: Path, **changes: object) -> Path:
-    """A copy of `folder` whose config.json says something else."""
-    shutil.copytree(folder, to)
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(config | changes))
-    return to
-
-
 async def _complete_on(house: House, index: int, prompt: Sequence[int]) -> Completion:
     house.engine._dispatch._sessions[f"on {index}"] = house.engine.seats[index]
     return await house.policy.complete(prompt, SamplingParams(20, seed=0, session=f"on {index}"))
-
-
-@pytest.mark.slow
-def test_weights_that_somebody_else_has_loaded_are_noticed_at_their_first_token(
-    folder: Path, vllm_python: Path, tmp_path: Path
-) -> None:
-    with House.opened(folder, VllmServerOptions(vllm_python, CONTEXT), tmp_path, replicas=1) as house:
-
-        async def main() -> None:
-            server = house.engine.seats[0].server
-            assert server is not None
-            async with relayed(server.socket) as url:
-                await (await VllmEngine.connect(house.folder, [url], max_context=CONTEXT)).close()
-            with pytest.raises(EngineError, match="somebody else updates this server"):
-                await house.engine.sample([1], SamplingParams(4))
-            assert house.engine.replicas()[0].state != "serving"
-            house.assert_exact([1], await house.policy.complete([1], SamplingParams(4)))
-
-        house.run(main())
-
-
-@pytest.mark.slow
-def test_a_server_that_records_raw_logprobs_is_refused(folder: Path, vllm_python: Path) -> None:
-    async def main() -> None:
-        options = VllmServerOptions(vllm_python, CONTEXT, extra_args=("--logprobs-mode", "raw_logprobs"))
-        with pytest.raises(
-            InputError, match=r"records raw_logprobs, .* start it with --logprobs-mode processed_logprobs"
-        ):
-            await VllmEngine.start(folder, options)
-
-    asyncio.run(main())
-    children = [child.cmdline() for child in psutil.Process().children(recursive=True)]
-    assert not [line for line in children if "raw_logprobs" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -22,6 +24,7 @@ from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import Probe, WeightUpdate
 from agentgym.engine.vllm_engine import VllmEngine
 from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.errors import InputError
 from agentgym.policy import Completion
 
 VOCAB = 61
@@ -160,12 +163,44 @@ class House:
     async def running_on_server(self, index: int) -> int:
         return await self.figure_of_server(index, "num_requests_running")
 
+    async def cached_tokens(self) -> int:
+        """How many tokens all servers have found in their prefix caches so far."""
+        count = len(self.engine.seats)
+        return sum([await self.figure_of_server(index, "prefix_cache_hits_total") for index in range(count)])
+
     async def figure_of_server(self, index: int, name: str) -> int:
         """What the server itself says at /metrics."""
         replica = self.engine.seats[index].replica
         assert replica is not None
         text = (await replica._http.get("/metrics")).text
         return int(sum(float(value) for value in re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.M)))
+
+
+OTHERS: dict[str, object] = {
+    "vocab_size": VOCAB + 3,
+    "num_hidden_layers": 4,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+}
+
+
+def another_model(folder: Path, to: Path, **changes: object) -> Path:
+    """A copy of `folder` whose config.json says something else."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
+    return to
+
+
+async def refused_as_others(house: House, url: str) -> None:
+    """The server at `url`, which has the house's model, is another one to runs of other models."""
+    for name, value in OTHERS.items():
+        other = another_model(house.folder, house.tmp / f"other-{name}", **{name: value})
+        with pytest.raises(InputError, match=f"{url} serves another model: its {name} is .*, and not .*; start"):
+            await VllmEngine.connect(other, [url], max_context=CONTEXT)
+    in_parts = house.tmp / "in-parts"
+    house.models[0].save_pretrained(in_parts, max_shard_size="50KB")
+    with pytest.raises(InputError, match=rf"serves {house.folder}, and this run {in_parts}; start it with"):
+        await VllmEngine.connect(in_parts, [url], max_context=CONTEXT)
 
 
 def prompts(count: int) -> list[list[int]]:
