@@ -4,10 +4,11 @@ Law: nothing of the model changes before every byte that will be loaded has been
 vLLM's environment, where this distribution is installed without its dependencies: imports torch, safetensors and vllm
 only. vLLM finds `register` through the entry-point group `vllm.general_plugins`.
 
-One update is three calls of /update_weights: "stage" begins to map and compare in a thread while the engine samples,
-and on the CPU makes the new layers there (vllm_beside.py); "verify" waits for that and raises what is wrong with the
-file; "apply" swaps them in, or loads. vLLM reloads layer by layer and repacks a layer on the CPU when it is whole, so
-whoever sends names sends all names of a layer.
+An update begins with two calls of /update_weights: "stage" begins to map and compare in a thread while the engine
+samples, and on the CPU makes the new layers there (vllm_beside.py); "verify" waits for that and raises what is wrong
+with the file. /finish_weight_update, the one call in a pause, swaps them in, or loads. "discard" forgets what was
+staged. vLLM reloads layer by layer and repacks a layer on the CPU when it is whole, so whoever sends names sends all
+names of a layer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _ROW = 1024  # words; as in vllm_weights.py, which computes the same sums with n
 _COLUMN_FACTOR = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed word
 _ROW_FACTOR = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _LENGTH_FACTOR = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-_log = init_logger(__name__)
+_log = init_logger("vllm.agentgym")  # vLLM shows what is said below `vllm`
 
 
 def register() -> None:
@@ -62,7 +63,7 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """What "apply" loads: tensors as they came, or layers that are made of them already."""
+    """What an update loads: tensors as they came, or layers that are made of them already."""
 
     tensors: dict[str, torch.Tensor]
     beside: Beside | None
@@ -89,7 +90,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
                 raise ValueError(said.replace("'", ""))  # vLLM quotes it; what asks reads to the next quote
 
     def start_weight_update(self) -> None:
-        """As vLLM's; layers are touched in "apply" only."""
+        """As vLLM's; layers are touched at the end only."""
         self._staged = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -99,17 +100,17 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """One of the three steps."""
+        """One step."""
         if update_info.step == "stage":
             self._staged = self._stager.submit(self._stage, update_info.path, update_info.tensors)
-            return
-        if self._staged is None:
-            raise ValueError(f"step {update_info.step!r} before step 'stage'")
-        staged = self._staged.result()
-        if update_info.step == "apply":
-            self._apply(staged)
+        elif update_info.step == "discard":
+            self._staged = None
         elif update_info.step != "verify":
             raise ValueError(f"unknown step {update_info.step!r}")
+        elif self._staged is None:
+            raise ValueError("step 'verify' before step 'stage'")
+        else:
+            self._staged.result()
 
     def _stage(self, path: str, checksums: dict[str, str]) -> _Staged:
         tensors = _map(path, checksums)
@@ -147,8 +148,12 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
                 method.process_weights_after_loading(module)
 
     def finish_weight_update(self) -> None:
-        """As vLLM's; the mapping goes."""
-        self._staged = None
+        """As vLLM's: loads what was staged."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            self._apply(staged.result())
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
 
     def shutdown(self) -> None:
         """As vLLM's."""

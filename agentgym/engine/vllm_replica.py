@@ -133,9 +133,12 @@ class VllmReplica:
             async with self._streams.post("/inference/v1/generate", self._request(work)) as answer:
                 if answer.status != 200:
                     raise self._refusal(answer.status, await answer.read())
-                async for line in answer.lines():  # to the end, so that the connection can be used again
+                async for line in answer.lines():
                     if line.startswith(b"data: {"):
                         self._take(msgspec.json.decode(line[len(b"data: ") :]), work, asked)
+                        if work.finish_reason is not None:
+                            answer.suffices = True
+                            break
         except EngineError:  # some of which are OSErrors, too
             raise
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
@@ -263,6 +266,7 @@ class VllmReplica:
             except ReplicaLostError:
                 raise
             except EngineError:  # an update that was staged and never loaded is still open
+                await self._post("/update_weights", {"update_info": {"step": "discard"}})
                 await self._post("/finish_weight_update")
                 await self._post("/start_weight_update")
             info = {"step": "stage", "path": str(published.path), "tensors": dict(names)}
@@ -272,7 +276,6 @@ class VllmReplica:
     async def load(self, version: int, names: Mapping[str, str]) -> None:
         """Serves what was staged, as `version`; only while paused. A failure leaves weights that nobody knows."""
         if names:
-            await self._post("/update_weights", {"update_info": {"step": "apply"}})
             await self._post("/finish_weight_update", {"weight_version": self._label(version)})
         else:
             await self._post("/update_weight_version", {"new_version": self._label(version)})

@@ -94,6 +94,11 @@ class _Staged:
     model: PublishedTensors | None
     names: Mapping[str, str]
 
+    @property
+    def is_named(self) -> bool:
+        """Whether requests that name it are all that changes: an adapter beside those in use, to the weights in use."""
+        return self.published.adapter_config is not None and not self.names
+
 
 class Seat:
     """`options` start a server here; without them `url` is a server that runs already."""
@@ -113,6 +118,7 @@ class Seat:
         self._has_lora = False  # what its server is started with
         self._adapters: dict[int, Path] = {}  # by version: those that it has loaded
         self._staged: _Staged | None = None
+        self._halts = True  # the pause under way is the server's, too
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -221,6 +227,7 @@ class Seat:
             await self.stage(version, published)
         assert self._staged is not None
         staged, self._staged = self._staged, None
+        assert self._halts or staged.is_named, "weights are replaced on a server that stands still"
         loaded = 0
         if staged.model is not None and (staged.names or published.adapter_config is None):
             self._loaded = None
@@ -252,12 +259,16 @@ class Seat:
             )
 
     async def pause(self, mode: PauseMode) -> None:
+        """A request that is kept goes on under the adapter that it named: for a new one no server need stand still."""
         assert self.replica is not None
-        await self.replica.pause(mode)
+        self._halts = not (mode == "keep" and self._staged is not None and self._staged.is_named)
+        if self._halts:
+            await self.replica.pause(mode)
 
     async def resume(self) -> None:
         assert self.replica is not None
-        await self.replica.resume()
+        if self._halts:
+            await self.replica.resume()
 
     async def is_alive(self) -> bool:
         """Whether the server still answers, or has ended since a request failed on it."""

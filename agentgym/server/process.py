@@ -176,7 +176,7 @@ async def serve_http(
     to hurry; calls `announce` once it answers."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2, ws="none",  # pyright: ignore[reportArgumentType]
-        timeout_keep_alive=KEEP_ALIVE_S, http=app.connection,  # pyright: ignore[reportArgumentType]
+        timeout_keep_alive=KEEP_ALIVE_S, http=app.connection, proxy_headers=False,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

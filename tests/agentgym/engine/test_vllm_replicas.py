@@ -78,7 +78,7 @@ def test_a_replica_that_fails_to_load_is_taken_out_and_never_serves_what_is_old(
         async with house(folder) as (engine, servers):
             policy = VersionedPolicy(engine)
             right, wrong = servers
-            wrong.failing["/update_weightsapply"] = 500, "no memory left"
+            wrong.failing["/finish_weight_update"] = 500, "no memory left"
             report = await policy.publish(WeightUpdate(1, perturbed(model, 1)[0]))
             assert report.loaded_bytes > 0
             assert [status.state == "serving" for status in engine.replicas()] == [True, False]
@@ -88,11 +88,11 @@ def test_a_replica_that_fails_to_load_is_taken_out_and_never_serves_what_is_old(
             while "status 500: " not in engine.replicas()[1].error:  # that of the attempt to bring it back
                 await asyncio.sleep(0.005)
             assert "no memory left" in engine.replicas()[1].error
-            del wrong.failing["/update_weightsapply"]
+            del wrong.failing["/finish_weight_update"]
             await until(engine, "serving", "serving")
             assert [status.policy_version for status in engine.replicas()] == [1, 1]
             assert engine.replicas()[1].restarts == 1
-            right.failing["/update_weightsapply"] = wrong.failing["/update_weightsapply"] = 500, "no memory left"
+            right.failing["/finish_weight_update"] = wrong.failing["/finish_weight_update"] = 500, "no memory left"
             with pytest.raises(EngineError, match=r"no replica could load version 2: .*no memory left"):
                 await policy.publish(WeightUpdate(2, perturbed(model, 2)[0]))
             assert policy.policy_version == 1
@@ -115,7 +115,7 @@ def test_a_replica_that_comes_back_as_another_model_stays_out_and_says_so(model_
             )
             assert [await ask(policy, f"s{index}") for index in range(4)] == [(0, 0, 0)] * 4
             assert requests_at(servers) == [4, 0]
-            loaded = servers[1].asked["/update_weightsapply"]
+            loaded = servers[1].asked["/finish_weight_update"]
             assert loaded == 1, "nothing was loaded into the other model"
 
     asyncio.run(asyncio.wait_for(main(), 30))

@@ -102,6 +102,39 @@ def test_an_answer_that_is_left_closes_its_connection(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("in_chunks", [True, False])
+def test_who_has_enough_of_an_answer_need_not_wait_for_its_end_and_the_connection_is_kept(
+    tmp_path: Path, in_chunks: bool
+) -> None:
+    left = asyncio.Event()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        while True:
+            said = json.loads(await asked(reader))["n"]
+            text = b"data: %d\n" % said
+            whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text)
+            writer.write(STREAMED + chunk(text) if in_chunks else whole)
+            await left.wait()
+            if in_chunks:
+                writer.write(chunk(b"data: [DONE]\n") + b"0\r\n\r\n")
+
+    async def main() -> None:
+        server = Server(tmp_path, speak)
+        async with server.running() as client:
+            for number in (7, 8):
+                async with client.post("/generate", {"n": number}) as answer:
+                    async for line in answer.lines():
+                        assert line == b"data: %d" % number
+                        answer.suffices = True
+                        break
+                left.set()
+                while client._ending:
+                    await asyncio.sleep(0.001)
+            assert server.connections == 1
+
+    asyncio.run(asyncio.wait_for(main(), 4))  # less than the client gives the end of an answer
+
+
 def test_a_kept_connection_that_the_server_closed_is_no_failure_but_a_new_one_is(tmp_path: Path) -> None:
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         if number == 3:
