@@ -5,8 +5,8 @@ only those are loaded; "adapter" is LoRA of rank 16 on all linear layers, on a s
 the server loaded; `before_ms`: the file read and compared, an adapter loaded, while the server samples (in mode "wait"
 with the draining of requests); `pause_ms`: no request went in for so long, the end of the engine's step under way
 included (about 50 ms here, with adapters 250), and 20 ms that vLLM itself waits in a pause; `total_ms`, both: what the
-trainer waits for, and the swap of an adapter. `gb_per_s`: bytes over the pause; beside it a plain copy of as many bytes.
-Medians of three. fp32, one thread.
+trainer waits for, and the swap of an adapter. `gb_per_s`: bytes over the pause; beside it a plain copy of as many
+bytes. Medians of three. fp32, one thread.
 """
 
 from __future__ import annotations
