@@ -289,10 +289,13 @@ class VllmReplica:
         """
         await self._post("/v1/load_lora_adapter", {"lora_name": self._label(version), "lora_path": str(folder)})
 
-    async def load_adapter(self, version: int) -> None:
-        """Serves the adapter that was staged, as `version`; only while paused."""
-        await self._post("/update_weight_version", {"new_version": self._label(version)})
+    def name_adapter(self, version: int) -> None:
+        """Serves the adapter that was staged, as `version`: requests name it from now on."""
         self.version, self._adapted = version, True
+
+    async def tell_version(self) -> None:
+        """Has the server call what it serves as requests do."""
+        await self._post("/update_weight_version", {"new_version": self._label(self.version)})
 
     async def forget_adapter(self, version: int) -> None:
         """No request will name `version` any more."""

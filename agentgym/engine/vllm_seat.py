@@ -119,6 +119,7 @@ class Seat:
         self._adapters: dict[int, Path] = {}  # by version: those that it has loaded
         self._staged: _Staged | None = None
         self._halts = True  # the pause under way is the server's, too
+        self._telling: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -131,7 +132,7 @@ class Seat:
 
     async def fill(self) -> None:
         """Gets a server that has the engine's version, and serves. Raises InputError, EngineError, EngineDiedError."""
-        self.state = "starting"
+        self.state, self._halts = "starting", True
         engine = self._engine
         engine.check_folder()
         replica = await self._server()
@@ -193,6 +194,8 @@ class Seat:
         """Has the server compare what it will load, or load an adapter beside the one it serves, while it samples."""
         assert self.replica is not None
         self._staged = None
+        if self._telling is not None:  # it would come behind the version of this one
+            await asyncio.wait((self._telling,))
         if published.adapter_config is None:
             names = published.changed(self._loaded)
             await self.replica.stage(published, names)
@@ -235,7 +238,9 @@ class Seat:
             self._loaded = staged.model.checksums
             loaded = sum(staged.model.sizes[name] for name in staged.names)
         if published.adapter_config is not None:
-            await self.replica.load_adapter(version)
+            self.replica.name_adapter(version)
+            if self._halts:
+                await self.replica.tell_version()
             loaded += sum(published.sizes.values())
         return loaded
 
@@ -269,6 +274,15 @@ class Seat:
         assert self.replica is not None
         if self._halts:
             await self.replica.resume()
+        else:  # between two steps, for which nobody need wait
+            self._telling = self._spawn(self._tell_version(self.replica))
+
+    async def _tell_version(self, replica: VllmReplica) -> None:
+        try:
+            await replica.tell_version()
+        except EngineError as error:
+            if self.replica is replica:
+                self.lose(str(error))
 
     async def is_alive(self) -> bool:
         """Whether the server still answers, or has ended since a request failed on it."""
@@ -336,7 +350,8 @@ class Seat:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._empty()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

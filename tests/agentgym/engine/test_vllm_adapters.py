@@ -89,9 +89,10 @@ def test_whole_models_and_adapters_may_follow_each_other(house: House) -> None:
     """An adapter is one to the model's folder, whatever was served meanwhile."""
 
     async def main() -> None:
-        for update in (house.adapter(), house.update(), house.adapter(), house.adapter()):
+        updates = (house.adapter(), house.update(), house.adapter(), house.adapter(), house.update())
+        for update, mode in zip(updates, ("keep", "abort", "abort", "keep", "keep"), strict=True):
             probe = house.probe(update.version)
-            report = await house.policy.publish(update, probe=probe)
+            report = await house.policy.publish(update, mode, probe)
             assert report.probe_off is not None
             assert report.probe_off < TOLERANCE
             assert report.loaded_bytes >= sum(tensor.nbytes for tensor in load_file(update.path).values())
