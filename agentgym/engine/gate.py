@@ -88,6 +88,30 @@ class InFlight:
     segments: list[Segment] = field(default_factory=list)
 
 
+class _Empty:
+    """The empty answers in a row that a completion got while the gate was open: somebody else paused the engine."""
+
+    def __init__(self, report_after_s: float) -> None:
+        self._report_after_s = report_after_s
+        self._answers = 0
+        self._since = time.monotonic()
+        self._reports = 0
+
+    async def wait(self, sampled: int) -> None:
+        """Before the next try; says in the log what for."""
+        await asyncio.sleep(_RETRY_S[min(self._answers, len(_RETRY_S) - 1)])
+        self._answers += 1
+        waited_s = time.monotonic() - self._since
+        if waited_s >= self._report_after_s * (self._reports + 1):
+            self._reports += 1
+            _log.warning(
+                "a completion interrupted after %d tokens has got no token for %.0f s: the engine is paused, and "
+                "not by this gate; whoever paused it must resume it",
+                sampled,
+                waited_s,
+            )
+
+
 OnCompletion = Callable[[Sequence[int], SamplingParams, Completion], None]
 
 
@@ -159,7 +183,7 @@ class VersionedPolicy:
     ) -> Completion:
         context = list(prompt_ids)
         sampled = 0
-        empty = 0
+        empty = _Empty(self._report_after_s)
         while True:
             await self._pass(sampled)
             remaining = params.max_tokens - sampled
@@ -170,14 +194,14 @@ class VersionedPolicy:
                     segments.append(segment)
                     context += segment.token_ids
                     sampled += len(segment.token_ids)
-                    empty = 0
             ended = _ended(got[-1], context[len(prompt_ids) :], params)
             if ended is not None:
                 segments[-1] = dataclasses.replace(segments[-1], finish_reason=ended)
                 return Completion.from_segments(segments)
-            if not any(segment.token_ids for segment in got) and self._open.is_set():
-                await asyncio.sleep(_RETRY_S[min(empty, len(_RETRY_S) - 1)])
-                empty += 1
+            if any(segment.token_ids for segment in got) or not self._open.is_set():
+                empty = _Empty(self._report_after_s)
+            else:
+                await empty.wait(sampled)
 
     async def _sample(
         self, context: Sequence[int], params: SamplingParams, on_tokens: OnTokens | None

@@ -297,6 +297,23 @@ def test_whoever_waits_at_the_gate_says_what_for(caplog: pytest.LogCaptureFixtur
     asyncio.run(main())
 
 
+def test_whoever_gets_nothing_from_an_engine_that_others_paused_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(LOGITS)
+        policy = VersionedPolicy(engine, report_after_s=0.1)
+        await engine.pause()  # not through the gate
+        with caplog.at_level(logging.WARNING):
+            running = asyncio.ensure_future(policy.complete([1], SamplingParams(max_tokens=4, seed=1)))
+            while not caplog.text:
+                await asyncio.sleep(0.01)
+            assert "after 0 tokens" in caplog.text
+            assert "not by this gate" in caplog.text
+            await engine.resume()
+            assert len((await asyncio.wait_for(running, 5)).token_ids) == 4
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
 def test_a_dead_engine_ends_waiters_and_errors_pass_through() -> None:
     async def main() -> None:
         engine = ScriptedEngine(LOGITS, max_context=16)
