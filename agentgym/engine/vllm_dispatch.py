@@ -16,7 +16,7 @@ from typing import Literal
 
 from agentgym.engine.vllm_replica import ForeignWeightsError, ReplicaLostError, ReplicaPausedError, Sampling
 from agentgym.engine.vllm_seat import Seat
-from agentgym.errors import EngineDiedError
+from agentgym.errors import EngineDiedError, EngineError
 
 _QUIET_S = 0.03  # what a paused server still says of the requests that it interrupted arrives with no longer gaps
 _GRACE_S = 0.5  # and all of it within this
@@ -57,10 +57,12 @@ class Dispatch:
         self._since = 0.0  # what `_busy_s` does not contain yet began then
 
     async def run(self, work: Sampling) -> None:
-        """Samples until the request ends or a pause interrupts it; EngineDiedError when no replica comes back."""
+        """Samples until the request ends or a pause interrupts it. Raises EngineDiedError when no replica comes back,
+        EngineError for a request that only ever loses its replica: the engine lives, and this episode does not."""
         fruitless = 0
+        seat: Seat | None = None
         while not self.paused:
-            seat = await self._seat_for(work.params.session)
+            seat = await self._seat_for(work.params.session, failed=seat)
             if seat is None or self.paused:
                 return
             before = len(work.token_ids)
@@ -77,7 +79,7 @@ class Dispatch:
                 if not await seat.is_alive():
                     seat.lose(str(error))
                 if fruitless >= _FRUITLESS:
-                    raise EngineDiedError(f"a request failed {fruitless} times in a row: {error}") from error
+                    raise EngineError(f"a request failed {fruitless} times in a row: {error}") from error
                 if work.is_complete():
                     return
                 _log.info("a request goes on behind %d tokens: %s", len(work.token_ids), error)
@@ -117,15 +119,16 @@ class Dispatch:
         """Seconds in which there was a request at a server."""
         return self._busy_s
 
-    async def _seat_for(self, session: str | None) -> Seat | None:
-        """A serving replica; None when the engine is paused before there is one."""
+    async def _seat_for(self, session: str | None, failed: Seat | None) -> Seat | None:
+        """A serving replica, another than `failed` where there is one; None when the engine is paused before there
+        is any."""
         deadline = time.monotonic() + self._lost_s
         while True:
             if self.closed:
                 raise EngineDiedError("the vLLM engine was closed")
             serving = [seat for seat in self._seats if seat.state == "serving"]
             if serving:
-                return self._choose(serving, session)
+                return self._choose([seat for seat in serving if seat is not failed] or serving, session)
             if self.paused:
                 return None
             left = deadline - time.monotonic()
@@ -137,10 +140,10 @@ class Dispatch:
             except TimeoutError:
                 continue
 
-    def _choose(self, serving: Sequence[Seat], session: str | None) -> Seat:
+    def _choose(self, able: Sequence[Seat], session: str | None) -> Seat:
         known = self._sessions.get(session) if session is not None else None
-        if known is None or known.state != "serving":
-            known = min(serving, key=lambda seat: seat.running)
+        if known is None or known not in able:
+            known = min(able, key=lambda seat: seat.running)
         if session is not None:
             self._sessions[session] = known
             self._sessions.move_to_end(session)

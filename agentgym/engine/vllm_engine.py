@@ -144,12 +144,12 @@ class VllmEngine:
         results = await asyncio.gather(
             *(seat.stage(update.version, published) for seat in serving), return_exceptions=True
         )
-        failures = [result for result in results if isinstance(result, BaseException)]
         for seat, result in zip(serving, results, strict=True):
             if isinstance(result, ReplicaLostError):
                 seat.lose(str(result))
-        if failures and len(failures) == len(serving):
-            raise failures[0]
+        refusals = _refusals(results)
+        if refusals and None not in results:
+            raise refusals[0]
         self._prepared = update, published
 
     async def pause(self, mode: PauseMode = "abort") -> None:
@@ -158,6 +158,7 @@ class VllmEngine:
         self._pause = mode
         self._dispatch.paused = True
         self.going.clear()
+        self._dispatch.wake()  # who waits for a replica gets none in a pause, and a replica waits for its end
         serving = self._serving()
         results = await asyncio.gather(*(seat.pause(mode) for seat in serving), return_exceptions=True)
         for seat, result in zip(serving, results, strict=True):
@@ -167,7 +168,8 @@ class VllmEngine:
             await self._dispatch.cut()
 
     async def load(self, update: WeightUpdate) -> int:
-        """As Engine.load. Replicas that fail are taken out and restarted; EngineError when every one has failed."""
+        """As Engine.load. Replicas that fail are taken out and restarted; EngineError where none could load, unless all
+        have died: they come back with the new version."""
         if self._pause is None:
             raise EngineError("weights can be loaded only while the engine is paused")
         if self._prepared is None or self._prepared[0] != update:
@@ -184,8 +186,9 @@ class VllmEngine:
         for seat, result in zip(serving, results, strict=True):
             if isinstance(result, BaseException):
                 seat.lose(f"failed to load version {update.version}: {result}")
-        if serving and not loaded:
-            raise EngineError(f"no replica could load version {update.version}: {results[0]}")
+        refusals = _refusals(results)
+        if refusals and not loaded:
+            raise EngineError(f"no replica could load version {update.version}: {refusals[0]}")
         self.policy_version, self._update = update.version, update
         return max(loaded, default=0)  # where none serves just now, each loads it before it does
 
@@ -299,11 +302,20 @@ class VllmEngine:
         self._shelf.close()
 
 
+def _refusals(results: Sequence[object]) -> list[BaseException]:
+    """What servers that live would not do; one that died says nothing of what it was asked."""
+    errors = [result for result in results if isinstance(result, BaseException)]
+    return [error for error in errors if not isinstance(error, ReplicaLostError)]
+
+
 def _files(model_folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the files that make the model."""
+    """Size and time of the files that make the model. Raises InputError."""
     kinds = (".safetensors", ".bin", ".index.json")
-    paths = [path for path in model_folder.iterdir() if path.name == "config.json" or path.name.endswith(kinds)]
-    return {path.name: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths}
+    try:
+        paths = [path for path in model_folder.iterdir() if path.name == "config.json" or path.name.endswith(kinds)]
+        return {path.name: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths}
+    except OSError as error:
+        raise InputError(f"the model's folder {model_folder} cannot be read: {error}; put it back") from error
 
 
 def _config(model_folder: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Seat:
         self._has_lora = False  # what its server is started with
         self._adapters: dict[int, Path] = {}  # by version: those that it has loaded
         self._staged: _Staged | None = None
-        self._halts = True  # the pause under way is the server's, too
+        self._halted = False  # the server stands still, too, in the pause under way
         self._telling: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -132,7 +132,7 @@ class Seat:
 
     async def fill(self) -> None:
         """Gets a server that has the engine's version, and serves. Raises InputError, EngineError, EngineDiedError."""
-        self.state, self._halts = "starting", True
+        self.state, self._halted = "starting", False
         engine = self._engine
         engine.check_folder()
         replica = await self._server()
@@ -184,9 +184,9 @@ class Seat:
         published = base if path is None else await asyncio.to_thread(PublishedTensors.read, path.absolute())
         assert published is not None
         await self.stage(version, published)
-        await replica.pause("abort")
+        await self.pause("abort")
         await self.load(version, published)
-        await replica.resume()
+        await self.resume()
 
     # ---------------------------------------------------------------------------------------------------- serving
 
@@ -230,7 +230,7 @@ class Seat:
             await self.stage(version, published)
         assert self._staged is not None
         staged, self._staged = self._staged, None
-        assert self._halts or staged.is_named, "weights are replaced on a server that stands still"
+        assert self._halted or staged.is_named, "weights are replaced on a server that stands still"
         loaded = 0
         if staged.model is not None and (staged.names or published.adapter_config is None):
             self._loaded = None
@@ -239,7 +239,7 @@ class Seat:
             loaded = sum(staged.model.sizes[name] for name in staged.names)
         if published.adapter_config is not None:
             self.replica.name_adapter(version)
-            if self._halts:
+            if self._halted:
                 await self.replica.tell_version()
             loaded += sum(published.sizes.values())
         return loaded
@@ -264,16 +264,18 @@ class Seat:
             )
 
     async def pause(self, mode: PauseMode) -> None:
-        """A request that is kept goes on under the adapter that it named: for a new one no server need stand still."""
+        """A request that is kept goes on under the adapter that it named: for a new one no server need stand still. One
+        that does, from an earlier pause, does until the end of this one."""
         assert self.replica is not None
-        self._halts = not (mode == "keep" and self._staged is not None and self._staged.is_named)
-        if self._halts:
+        if not (mode == "keep" and self._staged is not None and self._staged.is_named):
             await self.replica.pause(mode)
+            self._halted = True
 
     async def resume(self) -> None:
         assert self.replica is not None
-        if self._halts:
+        if self._halted:
             await self.replica.resume()
+            self._halted = False
         else:  # between two steps, for which nobody need wait
             self._telling = self._spawn(self._tell_version(self.replica))
 
@@ -326,9 +328,10 @@ class Seat:
             attempt += 1
             try:
                 await self.fill()
-            except AgentGymError as error:
-                self.state, self.error = "lost", str(error)
-                _log.warning("%s does not come back (attempt %d): %s", self.name, attempt, error)
+            except Exception as error:  # noqa: BLE001  whatever it is, the seat must not stay empty without a word
+                said = str(error) if isinstance(error, AgentGymError) else f"{type(error).__name__}: {error}"
+                self.state, self.error = "lost", said
+                _log.warning("%s does not come back (attempt %d): %s", self.name, attempt, said)
             else:
                 self._restarts += 1
                 return
@@ -336,11 +339,13 @@ class Seat:
     async def _empty(self) -> None:
         replica, self.replica = self.replica, None
         self._adapters.clear()
-        server, self.server = self.server, None
-        if replica is not None:
-            await replica.close()
-        if server is not None:
-            await server.close()
+        try:
+            if self.server is not None:
+                await self.server.close()
+                self.server = None  # behind that: where this is cancelled, whoever cancels closes it
+        finally:
+            if replica is not None:
+                await replica.close()
 
     async def close(self) -> None:
         """Ends the server if it was started here; one that ran before goes on, with the weights it has."""

@@ -27,15 +27,18 @@ FACTS: dict[str, Any] = {
 
 
 class Pretender:
-    """Answers like a vLLM server (0.32) that samples token 7 for ever. `failing` says by route what it fails with: a
-    status and a message."""
+    """Answers like a vLLM server (0.32) that samples token 7 for ever; one that is paused lets requests wait. `failing`
+    says by route what it fails with: a status and a message. With `max_lora_rank` it takes adapters."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_lora_rank: int | None = None) -> None:
+        self.max_lora_rank = max_lora_rank
         self.failing: dict[str, tuple[int, str]] = {}
         self.asked: Counter[str] = Counter()
         self.begun = asyncio.Event()  # a request is being sampled
         self.go = asyncio.Event()  # may go on
         self.go.set()
+        self.resumed = asyncio.Event()
+        self.resumed.set()
         self.label = "what it was started with"
         self.salts: list[str] = []
 
@@ -68,9 +71,13 @@ class Pretender:
             status, said = self.failing[route + step]
             return status, {"error": {"message": said}}
         if route == "/openapi.json":
-            return 200, {"paths": {route: {} for route in _ROUTES}}
+            adapters = ["/v1/load_lora_adapter"] if self.max_lora_rank else []
+            return 200, {"paths": {route: {} for route in [*_ROUTES, *adapters]}}
         if route == "/server_info":
-            return 200, {"vllm_config": FACTS}
+            lora = {"max_lora_rank": self.max_lora_rank} if self.max_lora_rank else None
+            return 200, {"vllm_config": FACTS | {"lora_config": lora}}
+        if route in ("/pause", "/resume"):
+            (self.resumed.clear if route == "/pause" else self.resumed.set)()
         if route in ("/finish_weight_update", "/update_weight_version"):
             self.label = body.get("weight_version") or body["new_version"]
         if route == "/inference/v1/generate":
@@ -80,6 +87,7 @@ class Pretender:
     async def _generate(self, body: Any) -> bytes:
         self.begun.set()
         self.salts.append(body["cache_salt"])
+        await self.resumed.wait()
         await self.go.wait()
         count = body["sampling_params"]["max_tokens"]
         choice = {
