@@ -4,16 +4,20 @@ in all; ranks are asked once for each sum."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gradient_worker import VERSION, Versions, ragged_trajectories, small_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from agentgym.config import parse_config
 from agentgym.errors import VersionError
-from agentgym_trainer.learner import Learner, make_accelerator
+from agentgym_trainer.learner import Learner, load_model, make_accelerator
+from agentgym_trainer.logprobs import token_logprobs
 from agentgym_trainer.metrics import LAG_BUCKETS, StepMetrics
 from agentgym_trainer.settings import TrainConfig
 
@@ -84,3 +88,34 @@ def test_fallbacks_are_counted_by_the_lag_of_their_tokens() -> None:
     assert by_lag.pop("lag2") == figures["anchor/num_fallbacks"] == figures["policy/lag2/num_tokens"] > 0
     assert by_lag.pop("lag0") == by_lag.pop("lag1") == 0.0
     assert set(by_lag.values()) == {None}  # no tokens, no figure
+
+
+def gpt2() -> PreTrainedModel:
+    """Its configuration drops a tenth of everything, unless told otherwise."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=23, n_positions=64, n_embd=16, n_layer=2, n_head=2))
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, attention_dropout=0.5, initializer_range=0.4,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model", [gpt2, llama])
+def test_the_policy_drops_nothing_as_the_engine_does(
+    model: Callable[[], PreTrainedModel], checkpointing: bool, tmp_path: Path
+) -> None:
+    model().save_pretrained(tmp_path)
+    trainer = {"anchor": "resident", "gradient_checkpointing": checkpointing, "on_discrepancy": "ignore"}
+    config = parse_config(TrainConfig, {"env": {"id": "maze"}, "trainer": trainer})
+    loaded = load_model(tmp_path, config)
+    assert loaded.training == checkpointing  # the mode in which transformers checkpoints, and some route at random
+    made = Learner(make_accelerator(config), loaded, config, Versions(loaded))
+    (batch,) = made.micro_batches_of(made.rows_of(ragged_trajectories()))
+    policy = token_logprobs(loaded, batch).logprobs.detach()
+    as_sampled = token_logprobs(loaded.eval(), batch).logprobs.detach()
+    torch.testing.assert_close(policy, as_sampled, atol=1e-5, rtol=0.0)

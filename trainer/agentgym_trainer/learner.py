@@ -55,12 +55,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def load_model(folder: Path, config: TrainConfig) -> PreTrainedModel:
-    """The causal language model in `folder`, fp32 masters, with the adapter that `trainer.lora` asks for. Raises
-    InputError if transformers cannot load it."""
+    """The causal language model in `folder`, fp32 masters, with the adapter that `trainer.lora` asks for. Its forward
+    is the engine's: nothing is dropped, whatever its config.json says. Raises InputError if transformers cannot load
+    it."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.name: {folder} does not hold a causal language model: {error}") from error
+    _drop_nothing(model)
     if config.trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.trainer.lora is not None:
@@ -68,7 +70,20 @@ def load_model(folder: Path, config: TrainConfig) -> PreTrainedModel:
             PreTrainedModel,
             adapt(model, config.trainer.lora, base_dtype=config.engine.dtype, compute_dtype=config.trainer.dtype),
         )
-    return model.train()
+    # Transformers checkpoints gradients in training mode alone; without that there is no need of the mode, in which
+    # some mixtures of experts route at random.
+    return model.train(config.trainer.gradient_checkpointing)
+
+
+def _drop_nothing(model: torch.nn.Module) -> None:
+    """Shares of units to drop (`nn.Dropout`, `attention_dropout`) become 0. Where the policy's forward drops units and
+    the engine's does not, R is noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 class Learner:
