@@ -73,6 +73,24 @@ def test_a_batch_counts_the_same_however_it_is_cut(updates: int) -> None:
     assert 0 < cut["engine_mismatch/num_tokens"] < whole["engine_mismatch/num_tokens"]
 
 
+def test_the_baseline_of_a_batch_is_of_all_its_updates() -> None:
+    """Three updates of one group each, within which all scores are equal: only their common mean tells them apart."""
+    batch = [
+        dataclasses.replace(trajectory, score=float(trajectory.group_id == "g0"))
+        for trajectory in ragged_trajectories()
+    ]
+    batch[0] = dataclasses.replace(batch[0], valid=False)
+    settings = {"anchor": "resident", "advantages": "batch_mean", "on_discrepancy": "ignore", "updates_per_batch": 3}
+    made = learner(trainer=settings)
+    figures = made.learn(batch, VERSION)
+    assert figures["gradient_norm"] > 0.01
+    assert figures["trajectory/num_zero_variance_groups"] == 3.0
+    mean = np.mean([trajectory.score for trajectory in batch[1:]])
+    whole = made.advantages_of(batch)
+    np.testing.assert_allclose(whole.of([3, 0, 5]).values, [1.0 - mean, 0.0, -mean])
+    assert whole.of([3, 0, 5]).included.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("action", ["warn", "ignore"])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_ranks_are_asked_for_nothing_that_is_known(action: str, updates: int) -> None:

@@ -7,7 +7,7 @@ its own advantage does not exist (0.0 and `included` False). A baseline needs at
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -32,6 +32,11 @@ class Advantages:
     included: np.ndarray  # [N] bool
     refused_groups: tuple[Hashable, ...]  # groups with fewer than two valid members, in order of appearance
     num_zero_variance_groups: int  # groups whose valid members all earned the same: no gradient from them
+
+    def of(self, indices: Sequence[int]) -> Advantages:
+        """Those of some of the trajectories, by the baselines of all; what is counted of groups is of all."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return replace(self, values=self.values[chosen], included=self.included[chosen])
 
 
 def compute_advantages(

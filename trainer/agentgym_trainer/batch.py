@@ -65,7 +65,6 @@ class StepRows:
     num_too_long: int  # rows longer than max_seq_len
     num_excluded: int  # trajectories that no baseline includes
     included: frozenset[str] = frozenset()  # ids of the others, whether or not a row of theirs was short enough
-    num_zero_variance_groups: int = 0  # groups without a gradient: their valid members all earned the same
 
     @classmethod
     def joined(cls, parts: Sequence[StepRows]) -> StepRows:
@@ -140,7 +139,6 @@ def collect_rows(
         num_too_long=num_too_long,
         num_excluded=len(trajectories) - int(advantages.included.sum()),
         included=frozenset(t.trajectory_id for t, included in zip(trajectories, advantages.included) if included),
-        num_zero_variance_groups=advantages.num_zero_variance_groups,
     )
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from agentgym.errors import InputError, TrainingError
 from agentgym.trajectory import ScoredSequences
 from agentgym_trainer.admission import admit, check_logprobs
-from agentgym_trainer.advantages import Overlong, trajectory_advantages
+from agentgym_trainer.advantages import Advantages, Overlong, trajectory_advantages
 from agentgym_trainer.alarm import EXACT_ANCHORS, DiscrepancyAlarm, examine
 from agentgym_trainer.anchors import Resolvable, VersionSource, make_anchor
 from agentgym_trainer.anchors.fallback import stood_in
@@ -159,7 +159,11 @@ class Learner:
             trajectories, trainer_version=trainer_version, max_staleness=self._config.rollout.max_staleness,
             model=self._model_id,
         )  # fmt: skip
-        updates = [self.rows_of(part) for part in _split(admission.trajectories, trainer.updates_per_batch)]
+        advantages = self.advantages_of(admission.trajectories)  # a baseline may be of the whole batch
+        updates = [
+            self.rows_of([admission.trajectories[index] for index in part], advantages.of(part))
+            for part in _split(admission.trajectories, trainer.updates_per_batch)
+        ]
         check_logprobs(updates, self._config.loss.max_dropped_fraction)
         whole = StepRows.joined(updates)
         updates = [rows for rows in updates if rows.num_loss_tokens]
@@ -205,7 +209,7 @@ class Learner:
             **trajectory_metrics(trajectories, whole, trainer_version=trainer_version),
             **admission.figures(),
             **(self._overlong.figures(trajectories) if self._overlong else {}),
-            "trajectory/num_zero_variance_groups": float(whole.num_zero_variance_groups),
+            "trajectory/num_zero_variance_groups": float(advantages.num_zero_variance_groups),
             **anchor_figures,
             **mismatch,
             "gradient_norm": sum(norms) / len(norms),
@@ -214,10 +218,13 @@ class Learner:
             "time/train_s": time.perf_counter() - began,
         }
 
-    def rows_of(self, trajectories: Sequence[ScoredSequences]) -> StepRows:
+    def advantages_of(self, trajectories: Sequence[ScoredSequences]) -> Advantages:
+        return trajectory_advantages(self._config.trainer.advantages, trajectories, self._overlong)
+
+    def rows_of(self, trajectories: Sequence[ScoredSequences], advantages: Advantages | None = None) -> StepRows:
+        """The rows of an optimizer step. `advantages`: of these trajectories; None: they are the whole batch."""
         limit = self._config.trainer.max_sequence_tokens or self._config.max_context
-        advantages = trajectory_advantages(self._config.trainer.advantages, trajectories, self._overlong)
-        return collect_rows(trajectories, advantages, max_seq_len=limit)
+        return collect_rows(trajectories, advantages or self.advantages_of(trajectories), max_seq_len=limit)
 
     def micro_batches_of(self, rows: StepRows) -> list[MicroBatch]:
         accelerator = self._accelerator
@@ -354,11 +361,11 @@ def objective_of(section: LossSection) -> Objective:
             return M2po(section.m2po_max_second_moment)
 
 
-def _split(trajectories: Sequence[ScoredSequences], num_parts: int) -> list[list[ScoredSequences]]:
-    """Whole groups dealt to `num_parts` updates."""
-    parts: list[list[ScoredSequences]] = [[] for _ in range(num_parts)]
+def _split(trajectories: Sequence[ScoredSequences], num_parts: int) -> list[list[int]]:
+    """Whole groups dealt to `num_parts` updates: the places of each update's trajectories."""
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
     part_of: dict[str, int] = {}
-    for trajectory in trajectories:
+    for index, trajectory in enumerate(trajectories):
         part = part_of.setdefault(trajectory.group_id, len(part_of) % num_parts)
-        parts[part].append(trajectory)
+        parts[part].append(index)
     return parts
