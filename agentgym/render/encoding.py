@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_LEAST_LONGEST = 64  # an unknown word, and blanks that a tokenizer joins, are longer than what a small vocabulary says
+
+
 class Encoder:
     """Wraps the `tokenizer.json` of a model folder."""
 
@@ -32,6 +35,7 @@ class Encoder:
         unknown = definition["model"].get("unk_token")
         self._unknown_id: int | None = self._scaffold.token_to_id(unknown) if unknown else None
         self.size: int = self._scaffold.get_vocab_size(with_added_tokens=True)  # ids that mean something
+        self.longest = max(_LEAST_LONGEST, *map(len, self._outside.get_vocab()))  # characters that one token says
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.errors import EngineError, InputError, PromptTooLongError, ServiceError
 from agentgym.messages import Message, ToolCall, ToolSpec
@@ -154,6 +156,21 @@ class Replies:
         if sampling.seed is None:
             return [first] * sampling.n
         return [replace(first, seed=derived_seed(sampling.seed, index)) for index in range(sampling.n)]
+
+    def check_size(self, messages: Sequence[Message], tools: Sequence[ToolSpec], text: str = "") -> None:
+        """Refuses what cannot fit before it is rendered and encoded, which takes seconds, and a hundred times its
+        memory, for megabytes that nobody could have meant. Raises PromptTooLongError."""
+        calls = [call for message in messages for call in message.tool_calls]
+        characters = len(text) + sum(len(message.content) for message in messages)
+        characters += sum(len(call.name) + len(call.arguments) for call in calls)
+        characters += sum(len(tool.description) + len(msgspec.json.encode(tool.parameters)) for tool in tools)
+        marks = len(messages) + len(calls) + len(tools)  # that each begins is said by a token, too
+        least = marks + characters // self.renderer.encoder.longest
+        if least > self.max_context:
+            raise PromptTooLongError(
+                f"a prompt of {characters} characters in {marks} messages, tools and calls, which is {least} tokens or "
+                f"more, does not fit the context of {self.max_context} tokens"
+            )
 
     async def sample(
         self,
@@ -317,9 +334,14 @@ async def render(
     renderer: ChatTemplateRenderer, messages: Sequence[Message], tools: Sequence[ToolSpec]
 ) -> Sequence[int]:
     """As `renderer.render`; long conversations in a thread, so that they hold up nobody."""
-    if sum(len(message.content) for message in messages) < BIG_CHARACTERS:
+    if not is_long(messages):
         return renderer.render(messages, tools)
     return await asyncio.to_thread(renderer.render, messages, tools)
+
+
+def is_long(messages: Sequence[Message]) -> bool:
+    """Whether a conversation takes so long to encode that others would notice."""
+    return sum(len(message.content) for message in messages) >= BIG_CHARACTERS
 
 
 def vocabulary_size(model_folder: Path, renderer: ChatTemplateRenderer) -> int:

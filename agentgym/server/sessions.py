@@ -18,13 +18,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agentgym.errors import InputError, NotNowError
+from agentgym.errors import CheckpointError, InputError, NotNowError
 from agentgym.render import ChatTemplateRenderer
 from agentgym.rewards import Score
 from agentgym.rollout.collector import Collector
 from agentgym.rollout.intake import Declared, Intake
-from agentgym.rollout.recording import Recording
-from agentgym.server.replies import Exchange, Question, Reply
+from agentgym.rollout.recording import RecordedPrompt, Recording
+from agentgym.server.replies import Exchange, Question, Reply, is_long
 from agentgym.server.sessions_errors import (
     SessionBusyError,
     SessionEndedError,
@@ -134,13 +134,19 @@ class Session:
         async with self._retries.ask(question) as asked:
             if not asked.known:
                 self._check_limits(question)
-                asked.prompt = self.recording.prompt(question.messages, question.tools)
             self._under_way[number] = self._served()
             try:
+                if not asked.known:
+                    asked.prompt = await self._prompt(question)
                 yield _Recorded(self, asked)
             finally:
                 del self._under_way[number]
                 self._last_asked = time.monotonic()
+
+    async def _prompt(self, question: Question) -> RecordedPrompt:
+        if not is_long(question.messages):
+            return self.recording.prompt(question.messages, question.tools)
+        return await asyncio.to_thread(self.recording.prompt, question.messages, question.tools)
 
     def view(self) -> SessionView:
         recording = self.recording
@@ -348,10 +354,13 @@ class Sessions:
 
     def expire(self) -> None:
         """Ends the sessions whose time is up, and gives up groups that nobody completes."""
-        for session in [session for session in self._open.values() if session.left_s == 0.0]:
-            limits = session.limits
-            why = f"not finished within {limits.ttl_s:g} s, or nothing asked for {limits.idle_s:g} s"
-            self._end_unscored(session, SessionState.EXPIRED, why)
+        try:
+            for session in [session for session in self._open.values() if session.left_s == 0.0]:
+                limits = session.limits
+                why = f"not finished within {limits.ttl_s:g} s, or nothing asked for {limits.idle_s:g} s"
+                self._end_unscored(session, SessionState.EXPIRED, why)
+        except CheckpointError as error:  # a full disk may have room in a moment: until then they stay as they are
+            log.error("a session cannot be ended: %s", error)
         self._intake.sweep()
 
     async def close(self) -> None:
@@ -364,19 +373,18 @@ class Sessions:
 
     def _end_unscored(self, session: Session, state: SessionState, why: str) -> None:
         error = f"Session{state.value.capitalize()}: {why}"
+        session.score = None  # of a finish that could not be written
         self._end(session, state, session.trajectory(EpisodeStatus.FAILED, error))
 
     def _end(self, session: Session, state: SessionState, trajectory: Trajectory) -> None:
+        if session.group_id is None:
+            self._collector.keep(trajectory)  # first: where the disk does not take it, the session is not over
         session.state = state
         del self._open[session.name]
         self._over[session.name] = session.view()
         self.ended[state.value] += 1
-        if session.group_id is None:
-            self._collector.keep(trajectory)
-        elif trajectory.score is None:
-            self._intake.fail(session.name, trajectory)
-        else:
-            self._intake.finish(session.name, trajectory)
+        if session.group_id is not None:
+            (self._intake.fail if trajectory.score is None else self._intake.finish)(session.name, trajectory)
         while len(self._over) > KEPT_ENDED:
             self.on_forget(self._over.popitem(last=False)[0])
 

@@ -111,9 +111,10 @@ def held_back(text: str, words: Sequence[str]) -> int:
     >>> held_back("one two E", ("END",))
     1
     """
-    longest = min(len(text), max(map(len, words), default=1) - 1)
-    for length in range(longest, 0, -1):
-        tail = text[-length:]
-        if any(word.startswith(tail) for word in words):
-            return length
-    return 0
+    longest = 0
+    for word in words:  # from its first letter on: a look at every end of the text would cost a thousand looks a token
+        place = text.find(word[0], max(0, len(text) - len(word) + 1))
+        while place >= 0 and not word.startswith(text[place:]):
+            place = text.find(word[0], place + 1)
+        longest = max(longest, len(text) - place if place >= 0 else 0)
+    return longest

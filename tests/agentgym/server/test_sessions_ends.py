@@ -8,6 +8,7 @@ import openai
 import pytest
 from outside_agents import HELLO, agent, say, slow
 
+from agentgym.rollout.store import read_trajectories
 from agentgym.trajectory import EpisodeStatus
 
 
@@ -103,3 +104,24 @@ def test_a_session_whose_agent_asks_nothing_expires_before_its_time(service):
     while it.show(silent)["status"] == "open" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert it.show(silent)["status"] == "expired"
+
+
+def test_a_disk_that_takes_nothing_ends_no_session_and_not_the_watch_over_them(service, monkeypatch):
+    monkeypatch.setattr("agentgym.server.sessions.SWEEP_S", 0.02)
+    it = service(source="environment")  # nothing is trained on, and each session is written when it ends
+    folder = it.server.run_dir / "trajectories"
+    folder.write_text("where a folder should be")
+    session, lost = it.open(), it.open(ttl_s=0.1)
+    with agent(session) as client:
+        say(client, HELLO)
+    assert "cannot write trajectory" in it.finish(session, 500)["error"]["message"]
+    time.sleep(0.3)  # the watch has met the disk by now, more than once
+    assert [it.show(one)["status"] for one in (session, lost)] == ["open", "open"]
+    folder.unlink()
+    assert it.finish(session)["score"]["value"] == 1.0
+    deadline = time.monotonic() + 10
+    while it.show(lost)["status"] == "open" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    written = {t.trajectory_id: t.score for t in read_trajectories(folder / "untrained.jsonl")}
+    assert set(written) == {session["id"], lost["id"]}
+    assert written[lost["id"]] is None

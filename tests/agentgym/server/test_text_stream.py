@@ -128,3 +128,26 @@ def test_without_tools_all_text_is_content() -> None:
 @pytest.mark.parametrize(("text", "held"), [("x", 0), ("x <", 1), ("x <cal", 4), ("<call>", 0), ("", 0)])
 def test_what_is_held_back(text: str, held: int) -> None:
     assert held_back(text, ("<call>",)) == held
+
+
+@given(text=st.text("abc", max_size=12), words=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3))
+def test_what_is_held_back_is_the_longest_end_that_may_become_a_word(text: str, words: list[str]) -> None:
+    ends = [text[-n:] for n in range(1, len(text) + 1)]
+    assert held_back(text, words) == max(
+        (len(end) for end in ends if any(word != end and word.startswith(end) for word in words)), default=0
+    )
+
+
+class Counted(str):
+    """A stop string that counts how often it is compared."""
+
+    looks = 0
+
+    def startswith(self, *args: object) -> bool:
+        Counted.looks += 1
+        return super().startswith(*args)  # type: ignore[arg-type]
+
+
+def test_a_long_stop_string_costs_few_looks() -> None:
+    held_back("the quick brown fox " * 100, (Counted("a" * 1000), Counted("quiz" * 250)))
+    assert 0 < Counted.looks < 200, "not one for each length that it may have, at every token"
