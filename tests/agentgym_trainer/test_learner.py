@@ -91,6 +91,13 @@ def test_the_baseline_of_a_batch_is_of_all_its_updates() -> None:
     assert whole.of([3, 0, 5]).included.tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(schedule: str) -> None:
+    trainer = {"anchor": "behavior", "learning_rate": 0.4, "schedule": schedule, "warmup_steps": 4}
+    figures = learner(trainer=trainer).learn(ragged_trajectories(), VERSION)
+    assert figures["learning_rate"] == pytest.approx(0.1)  # of the step to come
+
+
 @pytest.mark.parametrize("action", ["warn", "ignore"])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_ranks_are_asked_for_nothing_that_is_known(action: str, updates: int) -> None:

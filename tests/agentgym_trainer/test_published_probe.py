@@ -67,6 +67,17 @@ def test_no_probe_where_none_is_wanted_or_nothing_was_sampled(make_model: Callab
     assert published_probe(make_model(), [], config()) is None
 
 
+def test_a_probe_leaves_room_for_the_token_that_an_engine_samples_behind_it(
+    make_model: Callable[..., LlamaForCausalLM],
+) -> None:
+    row = ragged_trajectories()[0].sequences[0]
+    values = {"env": {"id": "maze"}, "rollout": {"max_episode_tokens": len(row)}}
+    probe = published_probe(make_model(), ragged_trajectories(), parse_config(TrainConfig, values))
+    assert probe is not None
+    assert probe.token_ids == row.token_ids[:-1]  # as many as the service takes
+    assert len(probe.logprobs) == len(row) - 2
+
+
 def test_a_run_with_an_adapter_starts_servers_that_take_it() -> None:
     values = {"env": {"id": "maze"}, "engine": {"kind": "vllm"}, "trainer": {"lora": {"rank": 12}}}
     assert parse_config(TrainConfig, values).service().engine.max_lora_rank == 12

@@ -52,6 +52,13 @@ def test_bundled_configurations_are_valid(path):
         ({"trainer": {"old_logit_queue_tokens": 9}}, r"old_logit_queue_tokens does nothing"),
         ({"trainer": {"interrupt_limit_s": 9.0}}, r"interrupt_limit_s does nothing .* choose 'interrupt'"),
         ({"run": {"name": "../x"}}, r"run.name"),
+        ({"trainer": {"betas": [0.9, 1.5]}}, r"trainer.betas: must be two numbers .* below 1.* got \[0.9, 1.5\]"),
+        ({"trainer": {"learning_rate": float("inf")}}, r"trainer.learning_rate: .*finite.* got inf"),
+        ({"trainer": {"max_sequence_tokens": 0}}, r"trainer.max_sequence_tokens: .*equal to 2, got 0"),
+        ({"trainer": {"probe_tokens": 1}}, r"trainer: probe_tokens must be 0 \(none\) or >= 2"),
+        ({"trainer": {"probe_tokens": 0, "probe_tolerance": 0.1}}, r"probe_tolerance = 0.1 does nothing"),
+        ({"loss": {"clip_high": float("inf")}}, r"loss.clip_high: .*finite.* got inf"),
+        ({"loss": {"entropy_coefficient": float("inf")}}, r"loss.entropy_coefficient: .*finite.* got inf"),
     ],
 )
 def test_bad_values_name_path_value_and_mend(sections, message):

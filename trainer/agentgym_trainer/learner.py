@@ -39,6 +39,9 @@ from agentgym_trainer.objectives import Cispo, Gspo, M2po, Objective, Ppo, Topr,
 from agentgym_trainer.publish import Publication, as_published, published_metadata, published_weights
 from agentgym_trainer.settings import TrainConfig
 
+# By transformers' names; its "constant" has no warmup.
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """One process, or one of those that `accelerate launch` started; CPU where there is no GPU."""
@@ -104,7 +107,7 @@ class Learner:
         )  # fmt: skip
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         self._schedule: LRScheduler = get_scheduler(
-            trainer.schedule, optimizer, num_warmup_steps=trainer.warmup_steps,
+            _SCHEDULES[trainer.schedule], optimizer, num_warmup_steps=trainer.warmup_steps,
             num_training_steps=trainer.steps * trainer.updates_per_batch,
         )  # fmt: skip
         accelerator.register_for_checkpointing(self._schedule)

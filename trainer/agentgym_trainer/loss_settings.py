@@ -54,10 +54,10 @@ class LossSection(Section):
     veto: float = Field(default=0.0, ge=0.0, lt=1.0)  # 0: none; 1e-4 where an engine may be badly wrong on a token
 
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    clip_high: float = Field(default=0.28, gt=0.0)
+    clip_high: float = Field(default=0.28, gt=0.0, allow_inf_nan=False)
     dual_clip: float = Field(default=3.0, gt=1.0, allow_inf_nan=False)
     gspo_clip_low: float = Field(default=3e-4, gt=0.0, lt=1.0)
-    gspo_clip_high: float = Field(default=4e-4, gt=0.0)
+    gspo_clip_high: float = Field(default=4e-4, gt=0.0, allow_inf_nan=False)
     cispo_low: float = Field(default=0.0, ge=0.0, lt=1.0)
     cispo_high: float = Field(default=5.0, gt=1.0, allow_inf_nan=False)
     total_truncate_max: float = Field(default=2.0, gt=0.0, allow_inf_nan=False)
@@ -74,8 +74,9 @@ class LossSection(Section):
     bernoulli_kl_max: float = Field(default=DEFAULTS["bernoulli_kl_mask"][1], gt=0.0, allow_inf_nan=False)
     probability_difference_max: float = Field(default=DEFAULTS["probability_difference_mask"][1], gt=0.0, lt=1.0)
 
-    entropy_coefficient: float = Field(default=0.0, ge=0.0)
-    reference_coefficient: float = Field(default=0.0, ge=0.0)  # k3 against the initial weights; costs their copy
+    entropy_coefficient: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    # of k3 against the initial weights; costs their copy
+    reference_coefficient: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     max_dropped_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)  # of loss tokens without a finite logprob
 
     @field_validator("correction", mode="before")

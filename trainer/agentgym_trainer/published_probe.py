@@ -28,8 +28,9 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 def published_probe(
     module: torch.nn.Module, trajectories: Sequence[ScoredSequences], config: TrainConfig
 ) -> Probe | None:
-    """The first tokens of the batch's first row under `module` as it is published; None where probes are turned off."""
-    length = config.trainer.probe_tokens
+    """The first tokens of the batch's first row under `module` as it is published; None where probes are turned off.
+    One token fewer than a row may have at most: an engine that scores a prompt samples one behind it."""
+    length = min(config.trainer.probe_tokens, config.max_context - 1)
     rows = [sequence for trajectory in trajectories for sequence in trajectory.sequences if len(sequence) > 1]
     if not length or not rows:
         return None

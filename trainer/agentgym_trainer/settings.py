@@ -68,11 +68,11 @@ class TrainerSection(Section):
     """The optimizer's side of a run."""
 
     steps: int = Field(default=100, ge=1)
-    learning_rate: float = Field(default=1e-5, gt=0.0)
+    learning_rate: float = Field(default=1e-5, gt=0.0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     advantages: AdvantageName = "group_mean"
     overlong_tokens: int = Field(default=0, ge=0)  # DAPO's soft punishment at an episode's last so many; 0: none
@@ -88,7 +88,8 @@ class TrainerSection(Section):
     interpolation_weight: float | None = Field(default=None, gt=0.0, lt=1.0)
     updates_per_batch: int = Field(default=1, ge=1)  # optimizer steps per publication
     micro_batch_tokens: int = Field(default=16_384, ge=1)
-    max_sequence_tokens: int | None = None  # longer rows are left out and counted; default: the engine's max_context
+    # Longer rows are left out and counted; None: the engine's max_context.
+    max_sequence_tokens: int | None = Field(default=None, ge=2)
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     publish_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 where the engine serves it: small deltas
@@ -104,12 +105,30 @@ class TrainerSection(Section):
     batch_timeout_s: float = Field(default=1800.0, gt=0.0)  # without a batch for so long, the run ends
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # through Accelerate
 
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0.0 <= beta < 1.0 for beta in value):
+            raise ValueError(f"must be two numbers of at least 0 and below 1, such as [0.9, 0.95], got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _a_probe_has_a_logprob(self) -> TrainerSection:
+        if self.probe_tokens == 1:
+            raise ValueError("probe_tokens must be 0 (none) or >= 2, since the first token has no logprob, got 1")
+        if self.probe_tolerance is not None and not self.probe_tokens:
+            raise ValueError(
+                f"probe_tolerance = {self.probe_tolerance:g} does nothing with probe_tokens = 0: drop it, or say how "
+                "many tokens are compared"
+            )
+        return self
+
 
 class EvaluationSection(Section):
     """Held-out evaluation before and after training, and every `every` steps (0: not in between)."""
 
     episodes: int = Field(default=256, ge=0)  # 0: none
-    temperature: float = Field(default=1.0, ge=0.0)
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     every: int = Field(default=0, ge=0)
 
 
