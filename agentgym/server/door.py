@@ -31,7 +31,7 @@ access = logging.getLogger("agentgym.server.access")
 CLIENT_GONE = 499  # what nginx writes; nobody receives it
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _SESSION_READS = re.compile(r"/v1(/sessions/[^/]+)?/models(/.*)?|/v1/sessions/[^/]+")
-_SESSION_CHATS = re.compile(r"/v1(/sessions/[^/]+)?/chat/completions")
+_SESSION_CHATS = re.compile(r"/v1(/sessions/[^/]+)?/(chat/completions|responses)")
 CUT_S = 1.0  # for requests that are cut off to say so
 WAITING_REPORT_S = 2.0  # between two lines on what a drain waits for
 

@@ -10,10 +10,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from agentgym.messages import ToolCall
-from agentgym.server.openai_requests import ChatRequest, CompletionRequest, SampledRequest
+from agentgym.server.openai_requests import ChatRequest, ChoicesRequest, CompletionRequest, SampledRequest
 from agentgym.server.replies import Reply, TokenEvent
 from agentgym.server.text_stream import ContentStream
 
@@ -54,14 +54,16 @@ class Part:
 class Answer(Protocol):
     """How one kind of answer is written."""
 
+    END: ClassVar[bytes]  # what a stream that did not fail ends with, behind its last chunk
+
     def whole(self, replies: Sequence[Reply]) -> dict[str, Any]: ...
 
     def opening(self, prompt_ids: Sequence[int], count: int) -> Iterator[dict[str, Any]]:
         """The chunks before the first token."""
         ...
 
-    def chunk(self, index: int, part: Part) -> dict[str, Any] | None:
-        """The chunk of some tokens; None if there is nothing to say yet."""
+    def chunks(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        """The chunks of some tokens; none if there is nothing to say yet."""
         ...
 
     def closing(self, index: int, reply: Reply) -> Iterator[dict[str, Any]]:
@@ -69,7 +71,11 @@ class Answer(Protocol):
         ...
 
     def usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
-        """The chunk that says how many tokens it all took."""
+        """The chunk that says how many tokens it all took, for whom asks for it."""
+        ...
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk of a stream that failed, from OpenAI's error object."""
         ...
 
 
@@ -80,10 +86,22 @@ def usage(replies: Sequence[Reply]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 
+def our_fields(request: SampledRequest, part: Part) -> dict[str, Any]:
+    """What is said of each token beside what OpenAI says, as far as it was asked for."""
+    ours: dict[str, Any] = {}
+    if request.return_token_ids:
+        ours["token_ids"] = part.token_ids
+    if request.return_policy_versions:
+        ours |= {"policy_versions": part.policy_versions, "kv_versions": part.kv_versions}
+    return ours
+
+
 class _Answer:
     """What both kinds share: the envelope, and our own fields."""
 
-    def __init__(self, request: SampledRequest, prefix: str, kind: str, chunk_kind: str) -> None:
+    END: ClassVar[bytes] = b"data: [DONE]\n\n"
+
+    def __init__(self, request: ChoicesRequest, prefix: str, kind: str, chunk_kind: str) -> None:
         self._request = request
         self._kind = kind
         self._chunk_kind = chunk_kind
@@ -102,13 +120,11 @@ class _Answer:
     def usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
         return self._chunk() | {"usage": usage(replies)}
 
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        return {"error": error}
+
     def _ours(self, part: Part) -> dict[str, Any]:
-        ours: dict[str, Any] = {}
-        if self._request.return_token_ids:
-            ours["token_ids"] = part.token_ids
-        if self._request.return_policy_versions:
-            ours |= {"policy_versions": part.policy_versions, "kv_versions": part.kv_versions}
-        return ours
+        return our_fields(self._request, part)
 
     def _says_tokens(self, part: Part, logprobs: bool) -> bool:
         wanted = logprobs or self._request.return_token_ids or self._request.return_policy_versions
@@ -148,14 +164,14 @@ class ChatAnswer(_Answer):
                 chunk["prompt_token_ids"] = prompt_ids
             yield chunk
 
-    def chunk(self, index: int, part: Part) -> dict[str, Any] | None:
+    def chunks(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
         text = self._contents[index].feed(part.text)
         if not text and not self._says_tokens(part, self._logprobs):
-            return None
+            return
         choice = self._delta(index, {"content": text} if text else {}) | self._ours(part)
         if self._logprobs:
             choice["logprobs"] = chat_logprobs(self._decode, part)
-        return self._chunk(choice)
+        yield self._chunk(choice)
 
     def closing(self, index: int, reply: Reply) -> Iterator[dict[str, Any]]:
         rest = self._contents[index].finish(reply.message.content)
@@ -181,13 +197,18 @@ def _finish_reason(reply: Reply) -> str:
 
 
 def chat_logprobs(decode: Decode, part: Part) -> dict[str, Any]:
+    """One entry for each sampled token."""
+    return {"content": token_logprobs(decode, part), "refusal": None}
+
+
+def token_logprobs(decode: Decode, part: Part) -> list[dict[str, Any]]:
     """One entry for each sampled token. `bytes` is null for a token that is only a part of a character."""
-    content = []
+    entries = []
     for token_id, logprob in zip(part.token_ids, part.logprobs, strict=True):
         text = decode([token_id])
         octets = None if "\ufffd" in text else list(text.encode())
-        content.append({"token": text, "logprob": logprob, "bytes": octets, "top_logprobs": []})
-    return {"content": content, "refusal": None}
+        entries.append({"token": text, "logprob": logprob, "bytes": octets, "top_logprobs": []})
+    return entries
 
 
 class CompletionAnswer(_Answer):
@@ -210,10 +231,9 @@ class CompletionAnswer(_Answer):
         if self._request.return_token_ids:
             yield self._chunk() | {"prompt_token_ids": prompt_ids}
 
-    def chunk(self, index: int, part: Part) -> dict[str, Any] | None:
-        if not part.text and not self._says_tokens(part, self._logprobs):
-            return None
-        return self._chunk(self._choice(index, part.text, None, part) | self._ours(part))
+    def chunks(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        if part.text or self._says_tokens(part, self._logprobs):
+            yield self._chunk(self._choice(index, part.text, None, part) | self._ours(part))
 
     def closing(self, index: int, reply: Reply) -> Iterator[dict[str, Any]]:
         nothing = Part((), (), (), (), "")

@@ -44,6 +44,14 @@ class ParameterError(InputError):
         self.param = param
 
 
+class TooLongError(PromptTooLongError):
+    """A request that does not fit the context; `param` is the parameter that makes it too long, in its dialect."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class UnknownModelError(UnknownNameError):
     """A model that is not served here."""
 
@@ -92,8 +100,6 @@ def describe(error: AgentGymError) -> tuple[int, dict[str, Any]]:
     param = getattr(error, "param", None)
     if param is None and isinstance(error, UnknownModelError):
         param = "model"
-    if param is None and isinstance(error, PromptTooLongError):
-        param = "max_tokens" if "max_tokens" in str(error) else "messages"
     return status, error_body(status, str(error), param, code)
 
 

@@ -7,7 +7,8 @@ alone is exact, and so are no penalties.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -16,6 +17,7 @@ from agentgym.messages import Message, ToolSpec
 from agentgym.server.openai_errors import ParameterError
 from agentgym.server.replies import Sampling
 
+T = TypeVar("T")
 MAX_TEMPERATURE = 2.0
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflow; 0 itself is greedy
 MAX_N = 128
@@ -89,7 +91,8 @@ class StreamOptions(BaseModel):
 
 
 class SampledRequest(BaseModel):
-    """What chat and plain completions share. `NEUTRAL` names the parameters that are taken with these values only."""
+    """What all requests share that sample. `NEUTRAL` names the parameters that are taken with these values only, which
+    is the same as leaving them out, and `MENDS` says of some what to do instead of them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -102,10 +105,12 @@ class SampledRequest(BaseModel):
         "repetition_penalty": (1.0,),
         "logit_bias": ({},),
     }
+    MENDS: ClassVar[dict[str, str]] = {}
     LABELS: ClassVar[tuple[str, ...]] = ("user",)
+    PROMPT: ClassVar[str] = "messages"  # the parameter that a prompt is made of
+    LENGTH: ClassVar[str] = "max_tokens"  # the one that says how many tokens to sample
 
     model: str = Field(description="the name that `/v1/models` lists")
-    max_tokens: int | None = Field(None, ge=1, description="tokens to sample at most")
     temperature: float | None = Field(
         None,
         ge=0.0,
@@ -113,7 +118,6 @@ class SampledRequest(BaseModel):
         description=f"0 (greedy), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}; default 1",
     )
     seed: Seed | None = Field(None, description="the same seed under the same version draws the same tokens")
-    n: int | None = Field(None, ge=1, le=MAX_N, description=f"replies, up to {MAX_N}; each has a seed of its own")
     stop: Stop | list[Stop] | None = Field(
         None, description=f"up to {MAX_STOPS} strings; the text ends before the first one, the tokens behind it"
     )
@@ -121,7 +125,6 @@ class SampledRequest(BaseModel):
         None, max_length=MAX_STOPS, description=f"up to {MAX_STOPS} ids that end a reply, besides the template's own"
     )
     stream: bool | None = Field(None, description="server-sent events")
-    stream_options: StreamOptions | None = Field(None, description="`include_usage`; with `stream` only")
     timeout_s: float | None = Field(None, gt=0.0, description="ours: seconds for the whole answer; status 504 behind")
     return_token_ids: bool = Field(False, description="ours: the ids of the prompt and of each sampled token")
     return_policy_versions: bool = Field(False, description="ours: `policy_versions` and `kv_versions` of each token")
@@ -139,13 +142,10 @@ class SampledRequest(BaseModel):
         for name, allowed in self.NEUTRAL.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
-                raise ParameterError(
-                    name, f"{name}={_short(value)} is not supported here; leave it out or send {allowed[0]!r}"
-                )
+                mend = self.MENDS.get(name, f"leave it out or send {allowed[0]!r}" if allowed else "leave it out")
+                raise ParameterError(name, f"{name}={short(value)} is not supported here; {mend}")
         if self.temperature is not None and 0.0 < self.temperature < MIN_TEMPERATURE:
             raise ParameterError("temperature", f"temperature must be 0 or >= {MIN_TEMPERATURE}")
-        if self.stream_options is not None and not self.stream:
-            raise ParameterError("stream_options", "stream_options needs stream=true")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
             raise ParameterError("stop", f"stop may hold at most {MAX_STOPS} strings, got {len(self.stop)}")
 
@@ -153,7 +153,7 @@ class SampledRequest(BaseModel):
         """How to sample, said in our own words."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
-            n=self.n or 1,
+            n=self._num_replies(),
             max_tokens=self._most(),
             temperature=1.0 if self.temperature is None else self.temperature,
             seed=None if self.seed is None else self.seed % 2**64,
@@ -161,6 +161,33 @@ class SampledRequest(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             timeout_s=self.timeout_s,
         )
+
+    def _num_replies(self) -> int:
+        return 1
+
+    def _most(self) -> int | None:
+        """How many tokens to sample at most; None: as many as fit."""
+        raise NotImplementedError
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to say how many tokens it took in a chunk of its own."""
+        return False
+
+
+class ChoicesRequest(SampledRequest):
+    """What chat and plain completions share: they are answered with choices."""
+
+    max_tokens: int | None = Field(None, ge=1, description="tokens to sample at most")
+    n: int | None = Field(None, ge=1, le=MAX_N, description=f"replies, up to {MAX_N}; each has a seed of its own")
+    stream_options: StreamOptions | None = Field(None, description="`include_usage`; with `stream` only")
+
+    def check(self) -> None:
+        super().check()
+        check_streams(self.stream, self.stream_options)
+
+    def _num_replies(self) -> int:
+        return self.n or 1
 
     def _most(self) -> int | None:
         return self.max_tokens
@@ -170,7 +197,7 @@ class SampledRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(SampledRequest):
+class ChatRequest(ChoicesRequest):
     """The body of `POST /v1/chat/completions`."""
 
     NEUTRAL = SampledRequest.NEUTRAL | {
@@ -219,11 +246,8 @@ class ChatRequest(SampledRequest):
         messages = []
         for index, value in enumerate(self.messages):
             place = f"messages[{index}]"
-            for key, part in value.items():
-                if key not in MESSAGE_KEYS and key not in MESSAGE_LABELS and part:
-                    name = f"{place}.{key[:100] or '(empty)'}"
-                    raise ParameterError(name, f"unknown parameter '{name}'")
-            messages.append(_named(place, Message.from_openai, value))
+            check_no_others(place, value, MESSAGE_KEYS | MESSAGE_LABELS)
+            messages.append(named(place, Message.from_openai, value))
         if messages[-1].role == "assistant":
             raise ParameterError(
                 "messages", "the last message must not be the assistant's: a reply is what messages ask for"
@@ -232,17 +256,15 @@ class ChatRequest(SampledRequest):
 
     def read_tools(self) -> tuple[ToolSpec, ...]:
         """Those that are shown to the model. Raises ParameterError naming the tool."""
-        tools = [_named(f"tools[{index}]", ToolSpec.from_openai, value) for index, value in enumerate(self.tools or ())]
-        names = [tool.name for tool in tools]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                raise ParameterError(f"tools[{index}]", f"tools[{index}] has the name of another tool, {_short(name)}")
+        tools = [named(f"tools[{index}]", ToolSpec.from_openai, value) for index, value in enumerate(self.tools or ())]
+        check_names(tools)
         return () if self.tool_choice == "none" else tuple(tools)
 
 
-class CompletionRequest(SampledRequest):
+class CompletionRequest(ChoicesRequest):
     """The body of `POST /v1/completions`."""
 
+    PROMPT = "prompt"
     NEUTRAL = SampledRequest.NEUTRAL | {"echo": (False,), "best_of": (1,), "suffix": ("",), "logprobs": (0,)}
 
     prompt: (
@@ -275,13 +297,38 @@ def check_vocabulary(param: str, token_ids: list[int], vocab_size: int) -> None:
             raise ParameterError(param, f"{param}: {token_id} is not in the vocabulary of {vocab_size} tokens")
 
 
-def _named(place: str, read: Any, value: dict[str, Any]) -> Any:
+def check_streams(stream: bool | None, stream_options: BaseModel | None) -> None:
+    """Raises ParameterError for options of a stream where none was asked for."""
+    if stream_options is not None and not stream:
+        raise ParameterError("stream_options", "stream_options needs stream=true")
+
+
+def check_names(tools: Sequence[ToolSpec]) -> None:
+    """Raises ParameterError for a name that two tools have."""
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.name in names:
+            raise ParameterError(f"tools[{index}]", f"tools[{index}] has the name of another tool, {short(tool.name)}")
+        names.add(tool.name)
+
+
+def check_no_others(place: str, value: Mapping[str, Any], known: Container[str]) -> None:
+    """Raises ParameterError for a key that says something and is not known."""
+    for key, part in value.items():
+        if key not in known and part:
+            name = f"{place}.{key[:100] or '(empty)'}"
+            raise ParameterError(name, f"unknown parameter '{name}'")
+
+
+def named(place: str, read: Callable[[dict[str, Any]], T], value: dict[str, Any]) -> T:
+    """What `read` makes of it. Raises ParameterError naming the place."""
     try:
         return read(value)
     except InputError as error:
         raise ParameterError(place, f"{place}: {error}") from error
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a message may show it."""
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "..."

@@ -1,5 +1,5 @@
-"""Server-sent events of replies while they are sampled. Law: the last event is `[DONE]`, or an error in its place; a
-reader that is slow gets fewer and longer parts, never other ones."""
+"""Server-sent events of replies while they are sampled. Law: the last event is the answer's own end, or an error in its
+place; a reader that is slow gets fewer and longer parts, never other ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ HEARTBEAT_S = 15.0  # without an event for so long, a comment says that the conn
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies that would collect it first
 
-_DONE = b"data: [DONE]\n\n"
 Told = tuple[int, TokenEvent]
 
 
@@ -82,18 +81,18 @@ async def events(
         yield _event(chunk)
     said = time.monotonic()
     async for told in stream.parts():
-        chunk = None
+        chunks: Sequence[bytes] = ()
         if told is not None:
             visit.first_token()
-            chunk = answer.chunk(*told)
-        if chunk is not None or time.monotonic() - said >= HEARTBEAT_S:
+            chunks = [_event(chunk) for chunk in answer.chunks(*told)]
+        if chunks or time.monotonic() - said >= HEARTBEAT_S:
             said = time.monotonic()
-            yield b": sampling\n\n" if chunk is None else _event(chunk)
+            yield b"".join(chunks) or b": sampling\n\n"
     try:
         replies = await stream.replies
     except AgentGymError as error:
         visit.failed = type(error).__name__
-        yield _event({"error": describe(error)[1]})
+        yield _event(answer.failure(describe(error)[1]))
         return
     for rest in ending(answer, replies, wants_usage):
         yield rest
@@ -104,8 +103,7 @@ async def retold(answer: Answer, replies: Sequence[Reply], wants_usage: bool) ->
     for chunk in answer.opening(replies[0].prompt_ids, len(replies)):
         yield _event(chunk)
     for index, reply in enumerate(replies):
-        chunk = answer.chunk(index, Part.of(reply))
-        if chunk is not None:
+        for chunk in answer.chunks(index, Part.of(reply)):
             yield _event(chunk)
     for rest in ending(answer, replies, wants_usage):
         yield rest
@@ -116,8 +114,10 @@ def ending(answer: Answer, replies: Sequence[Reply], wants_usage: bool) -> Seque
     chunks = [chunk for index, reply in enumerate(replies) for chunk in answer.closing(index, reply)]
     if wants_usage:
         chunks.append(answer.usage(replies))
-    return [*map(_event, chunks), _DONE]
+    return [*map(_event, chunks), answer.END]
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    """A chunk that has a type is an event of that name."""
+    name = f"event: {value['type']}\n".encode() if "type" in value else b""
+    return name + b"data: " + msgspec.json.encode(value) + b"\n\n"

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from agentgym.rollout.intake import Declared
 from agentgym.server.keys import Keyring, Principal
-from agentgym.server.openai_api import StrictJson
 from agentgym.server.openai_errors import ForbiddenError
+from agentgym.server.openai_route import StrictJson
 from agentgym.server.sessions import Sessions, SessionView
 from agentgym.server.sessions_errors import UnknownSessionError
 from agentgym.server.visit import Visit

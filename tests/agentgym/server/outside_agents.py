@@ -1,7 +1,9 @@
-"""What the tests of sessions share: a service that trains on them, and agents that speak OpenAI's client."""
+"""What tests of the surface share: a service that trains on sessions, agents that speak OpenAI's client, a network that
+loses answers, engines that are slow or say what they are told to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from agentgym.engine.protocol import Engine
 from agentgym.render import load_renderer
 from agentgym.rollout.store import read_trajectories, step_file
 from agentgym.server.settings import ServiceConfig
-from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
+from agentgym.testing.scripted_engine import ScriptedEngine, forced_logits, hashed_logits
 from agentgym.trajectory import Trajectory
 
 MOVE = {
@@ -52,6 +54,25 @@ class Service:
         return list(read_trajectories(step_file(self.server.run_dir, step)))
 
 
+class Losing(httpx.BaseTransport):
+    """A network that loses the answers of the numbered requests after the server has given them."""
+
+    def __init__(self, *lost: int) -> None:
+        self.inner = httpx.HTTPTransport()
+        self.lost = lost
+        self.retries: list[str] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        number = len(self.retries)
+        self.retries.append(request.headers["x-stainless-retry-count"])
+        response = self.inner.handle_request(request)
+        if number in self.lost:
+            response.read()
+            response.close()
+            raise httpx.ReadError("the answer was lost", request=request)
+        return response
+
+
 def agent(session: Any, **options: Any) -> OpenAI:
     return OpenAI(base_url=session["base_url"], api_key=session["api_key"], **options)
 
@@ -67,6 +88,26 @@ def sessions_config(env: str | None = "maze", sessions: dict[str, Any] | None = 
     rollout = small | {"max_episode_tokens": 120} | rollout
     values: dict[str, Any] = {"model": {"name": "small"}, "rollout": rollout, "sessions": sessions or {}}
     return parse_config(ServiceConfig, values if env is None else values | {"env": {"id": env}})
+
+
+def says(text: str, latency_s: float = 0.0) -> Callable[..., Any]:
+    """An engine that answers everything with `text`, and closes its turn."""
+
+    async def factory(config: ServiceConfig, folder: Path) -> Engine:
+        renderer = load_renderer(folder)
+        reply = [*renderer.encoder.scaffold(text), renderer.stop_token_ids[0]]
+        begin = renderer.encoder.scaffold(" <assistant>")[-1]
+
+        def following(prefix: Any) -> int:
+            said = len(prefix) - 1 - max(i for i, token in enumerate(prefix) if token == begin)
+            return reply[min(said, len(reply) - 1)]
+
+        size = max(renderer.encoder.control_ids) + 1
+        return ScriptedEngine(
+            forced_logits(size, following), max_context=config.max_context, latency_s=lambda: latency_s
+        )
+
+    return factory
 
 
 def slow(seconds: float) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from outside_agents import says
 
 from agentgym import registry
-from agentgym.engine.protocol import Engine
 from agentgym.render import load_renderer
 from agentgym.server.settings import ServiceConfig
-from agentgym.testing.scripted_engine import ScriptedEngine, forced_logits, hashed_logits, log_distribution
+from agentgym.testing.scripted_engine import hashed_logits, log_distribution
 
 QUESTION = [{"role": "user", "content": "1 up 2 left U. D. L. R#"}]
 MOVE = registry.make("maze").tools[0].to_openai()
@@ -24,24 +24,6 @@ MOVE = registry.make("maze").tools[0].to_openai()
 @pytest.fixture(scope="module")
 def client(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
-
-
-def says(text: str) -> Callable[..., Any]:
-    """An engine that answers everything with `text`, in the tokens of the scaffold, and closes its turn."""
-
-    async def factory(config: ServiceConfig, folder: Path) -> Engine:
-        renderer = load_renderer(folder)
-        reply = [*renderer.encoder.scaffold(text), renderer.stop_token_ids[0]]
-        size = max(renderer.encoder.control_ids) + 1
-        begin = renderer.encoder.scaffold(" <assistant>")[-1]
-
-        def following(prefix: Any) -> int:
-            said = len(prefix) - 1 - max(i for i, token in enumerate(prefix) if token == begin)
-            return reply[min(said, len(reply) - 1)]
-
-        return ScriptedEngine(forced_logits(size, following), max_context=config.max_context)
-
-    return factory
 
 
 def test_the_model_is_listed(client: openai.OpenAI, server: Any) -> None:

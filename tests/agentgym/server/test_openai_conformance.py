@@ -17,15 +17,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from outside_agents import says
 
 from agentgym import registry
 from agentgym.config import parse_config
-from agentgym.engine.protocol import Engine
 from agentgym.render import load_renderer
 from agentgym.server.client import start_service
 from agentgym.server.door import Limits
 from agentgym.server.settings import ServiceConfig
-from agentgym.testing.scripted_engine import ScriptedEngine, forced_logits
 
 QUESTION: Any = [{"role": "user", "content": "1 up 2 left U. D. L. R#"}]
 MOVE: Any = registry.make("maze").tools[0].to_openai()
@@ -200,26 +199,6 @@ def test_a_stream_is_refused_before_it_begins(client: openai.OpenAI) -> None:
 
 
 # ---------------------------------------------------------------------------------------- tools, with chosen replies
-
-
-def says(text: str, latency_s: float = 0.0) -> Callable[..., Any]:
-    """An engine that answers everything with `text`, and closes its turn."""
-
-    async def factory(config: ServiceConfig, folder: Path) -> Engine:
-        renderer = load_renderer(folder)
-        reply = [*renderer.encoder.scaffold(text), renderer.stop_token_ids[0]]
-        begin = renderer.encoder.scaffold(" <assistant>")[-1]
-
-        def following(prefix: Any) -> int:
-            said = len(prefix) - 1 - max(i for i, token in enumerate(prefix) if token == begin)
-            return reply[min(said, len(reply) - 1)]
-
-        size = max(renderer.encoder.control_ids) + 1
-        return ScriptedEngine(
-            forced_logits(size, following), max_context=config.max_context, latency_s=lambda: latency_s
-        )
-
-    return factory
 
 
 def test_tool_calls_in_a_stream(start: Callable[..., Any]) -> None:

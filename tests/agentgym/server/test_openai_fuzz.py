@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentgym.server.door import Limits
+from agentgym.server.responses_items import ITEM_SCHEMA
 
 MODEL = "small"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "1 up"}], "max_tokens": 3}
@@ -28,9 +29,27 @@ FULL_CHAT = CHAT | {
     "return_token_ids": True, "return_policy_versions": True, "metadata": {"a": "b"}, "user": "me", "top_p": 1.0,
 }  # fmt: skip
 FULL_COMPLETION = {"model": MODEL, "prompt": [3, 4, 5], "max_tokens": 3, "logprobs": 0, "echo": False, "stop": "x"}
+FLAT_TOOL = {"type": "function", "name": "move", "description": "", "parameters": {"type": "object"}, "strict": False}
+RESPONSE = {"model": MODEL, "input": [{"role": "user", "content": "1 up"}], "max_output_tokens": 3}
+FULL_RESPONSE = {
+    "model": MODEL, "instructions": "1 up", "max_output_tokens": 3, "tools": [FLAT_TOOL], "tool_choice": "auto",
+    "input": [
+        {"role": "user", "content": "1 up"},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+         "content": [{"type": "output_text", "text": "1 down", "annotations": [], "logprobs": []}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "move", "arguments": "{}", "status": "x"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1 left"},
+        {"role": "user", "content": [{"type": "input_text", "text": "go on"}]},
+    ],
+    "temperature": 0.5, "seed": 3, "stop": ["x"], "stop_token_ids": [3], "stream": True, "timeout_s": 20.0,
+    "stream_options": {"include_obfuscation": False}, "include": ["message.output_text.logprobs"], "store": False,
+    "return_token_ids": True, "return_policy_versions": True, "metadata": {"a": "b"}, "user": "me", "top_p": 1.0,
+    "text": {"format": {"type": "text"}}, "reasoning": {"effort": None}, "truncation": "disabled",
+}  # fmt: skip
 BASES = {
     "/v1/chat/completions": FULL_CHAT,
     "/v1/completions": FULL_COMPLETION,
+    "/v1/responses": FULL_RESPONSE,
     "/v1/sessions": {"task": "t", "seed": 1},
 }
 TIME_LIMIT_S = 20.0
@@ -112,7 +131,8 @@ def operations(http: httpx.Client) -> dict[str, st.SearchStrategy[Any]]:
         if body is not None:
             found[path] = body["content"]["application/json"]["schema"]
     components = document["components"]["schemas"]
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/sessions", "/v1/sessions/{session_id}/finish"} <= set(found)
+    assert set(BASES) | {"/v1/sessions/{session_id}/finish", "/v1/sessions/{session_id}/responses"} <= set(found)
+    assert found["/v1/sessions/{session_id}/responses"] == found["/v1/responses"]
     return {path: from_schema(schema, components) for path, schema in found.items()}
 
 
@@ -122,9 +142,11 @@ def check(answer: httpx.Response, body: Any = None) -> None:
     assert answer.elapsed.total_seconds() < TIME_LIMIT_S
     if answer.status_code < 300:
         if answer.headers["content-type"].startswith("text/event-stream"):
-            events = answer.text.split("\n\n")
-            assert events[-2:] == ["data: [DONE]", ""]
-            assert '"error"' not in answer.text
+            *_, last, rest = answer.text.split("\n\n")
+            typed = last.startswith(("event: response.completed\n", "event: response.incomplete\n"))
+            assert rest == ""
+            assert typed or last == "data: [DONE]"
+            assert typed or '"error"' not in answer.text
         return
     assert 400 <= answer.status_code < 500, (answer.text, body)
     error = answer.json()["error"]
@@ -198,6 +220,19 @@ def test_each_parameter_that_is_wrong_is_named(http: httpx.Client, path: str) ->
     assert refused.json()["error"]["message"] == "unknown parameter 'unheard'"
 
 
+@given(data=st.data())
+@calm
+def test_histories_of_items(http: httpx.Client, data: st.DataObject) -> None:
+    """Items that fit their schema, of few call ids, so that some answer each other."""
+    one = from_schema(ITEM_SCHEMA, {})
+    items = data.draw(st.lists(one, min_size=1, max_size=6))
+    for item in items:
+        if "call_id" in item:
+            item["call_id"] = data.draw(st.sampled_from("ab"))
+    body = RESPONSE | {"input": [*items, {"role": "user", "content": "up"}], "stream": data.draw(st.booleans())}
+    check(http.post("/v1/responses", json=body), body)
+
+
 @given(
     path=st.text(alphabet=st.characters(codec="utf-8"), max_size=12),
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),
@@ -215,25 +250,26 @@ def test_any_path_and_method(http: httpx.Client, method: str, path: str) -> None
 # ------------------------------------------------------------------------------------------------ bodies that are none
 
 
-def bodies() -> dict[str, bytes]:
-    chat = json.dumps(CHAT).encode()
+def bodies(asked: dict[str, Any] = CHAT, most: bytes = b'"max_tokens": 3') -> dict[str, bytes]:
+    body = json.dumps(asked).encode()
+    assert most in body
     return {
         "empty": b"",
-        "cut": chat[:-3],
-        "trailing": chat + b"x",
-        "two": chat + chat,
-        "not utf-8": chat.replace(b"1 up", b"\xff\xfe"),
-        "utf-16": json.dumps(CHAT).encode("utf-16"),
-        "bom": b"\xef\xbb\xbf" + chat,
-        "lone surrogate": chat.replace(b"1 up", b"\\ud800"),
-        "NaN": chat.replace(b'"max_tokens": 3', b'"temperature": NaN'),
-        "Infinity": chat.replace(b'"max_tokens": 3', b'"temperature": -Infinity'),
-        "1e999": chat.replace(b'"max_tokens": 3', b'"temperature": 1e999'),
-        "5000 digits": chat.replace(b'"max_tokens": 3', b'"max_tokens": ' + b"9" * 5000),
+        "cut": body[:-3],
+        "trailing": body + b"x",
+        "two": body + body,
+        "not utf-8": body.replace(b"1 up", b"\xff\xfe"),
+        "utf-16": json.dumps(asked).encode("utf-16"),
+        "bom": b"\xef\xbb\xbf" + body,
+        "lone surrogate": body.replace(b"1 up", b"\\ud800"),
+        "NaN": body.replace(most, b'"temperature": NaN'),
+        "Infinity": body.replace(most, b'"temperature": -Infinity'),
+        "1e999": body.replace(most, b'"temperature": 1e999'),
+        "5000 digits": body.replace(most, most[:-1] + b"9" * 5000),
         "deep lists": b'{"model": ' + b"[" * 20000 + b"]" * 20000 + b"}",
         "deep objects": b'{"a":' * 8000 + b"1" + b"}" * 8000,
-        "nul": chat + b"\x00",
-        "a list": b"[" + chat + b"]",
+        "nul": body + b"\x00",
+        "a list": b"[" + body + b"]",
         "a number": b"3",
         "null": b"null",
         "a string": b'"x"',
@@ -243,7 +279,8 @@ def bodies() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", bodies())
 @pytest.mark.parametrize("path", sorted(BASES))
 def test_a_body_that_is_no_request(http: httpx.Client, path: str, name: str) -> None:
-    answer = http.post(path, content=bodies()[name], headers={"content-type": "application/json"})
+    sent = bodies(RESPONSE, b'"max_output_tokens": 3') if path == "/v1/responses" else bodies()
+    answer = http.post(path, content=sent[name], headers={"content-type": "application/json"})
     assert answer.status_code == 400, answer.text
     check(answer)
 
@@ -270,6 +307,9 @@ def test_tools_may_nest_as_deep_as_json_does(http: httpx.Client, depth: int) -> 
         {"stop": nested(depth)},
     ):
         check(http.post("/v1/chat/completions", json=CHAT | change))
+    flat = {"type": "function", "name": "move", "parameters": nested(depth)}
+    for change in ({"tools": [flat]}, {"tools": [flat], "stream": True}, {"input": [nested(depth)]}):
+        check(http.post("/v1/responses", json=RESPONSE | change))
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "json"])

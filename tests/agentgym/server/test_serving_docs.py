@@ -13,8 +13,12 @@ from fastapi.routing import APIRoute
 
 from agentgym.server.health import Health
 from agentgym.server.metrics import Metrics
+from agentgym.server.openai_answering import Answering
 from agentgym.server.openai_api import OpenAiSurface
 from agentgym.server.openai_requests import ChatRequest, CompletionRequest, SampledRequest
+from agentgym.server.replies import Replies
+from agentgym.server.responses_api import ResponsesSurface
+from agentgym.server.responses_requests import ResponsesRequest
 from agentgym.server.settings import ServerSection
 from agentgym.server.visit import Visit
 
@@ -24,7 +28,9 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
 def parameters(model: type[SampledRequest]) -> list[str]:
     """What is honoured, what is taken with one value only, and what is a label; nothing else is taken."""
     rows = ["| parameter | |", "|---|---|"]
-    neutral = {name: " or ".join(f"`{_json(one)}`" for one in allowed) for name, allowed in model.NEUTRAL.items()}
+    neutral = {
+        name: " or ".join(f"`{_json(one)}`" for one in _taken(allowed)) for name, allowed in model.NEUTRAL.items()
+    }
     for name, field in model.model_fields.items():
         if field.description:
             said = field.description + (f" (only {neutral[name]})" if name in neutral else "")
@@ -38,16 +44,22 @@ def parameters(model: type[SampledRequest]) -> list[str]:
     return rows
 
 
+def _taken(allowed: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leaving a parameter out is the same as null, which is all that some may say."""
+    return allowed or (None,)
+
+
 def _json(value: Any) -> str:
     return json.dumps(value)
 
 
 def routes() -> list[str]:
     nothing: Any = None
-    surface = OpenAiSurface("m", 1, nothing, nothing)
+    answering = Answering("m", 1, Replies(nothing, nothing, 1, 1.0), nothing)
+    surfaces = (OpenAiSurface(answering), ResponsesSurface(answering), Health(nothing, Metrics()))
     rows = ["| route | |", "|---|---|"]
-    for router in (surface.router(), Health(nothing, Metrics()).router()):
-        for route in router.routes:
+    for surface in surfaces:
+        for route in surface.router().routes:
             assert isinstance(route, APIRoute)
             method = next(iter(sorted(route.methods or ())))
             if "{session_id}" not in route.path:
@@ -92,6 +104,7 @@ def figures() -> list[str]:
 TABLES = {
     "routes": routes,
     "chat parameters": lambda: parameters(ChatRequest),
+    "responses parameters": lambda: parameters(ResponsesRequest),
     "completion parameters": lambda: parameters(CompletionRequest),
     "settings": configuration,
     "figures": figures,

@@ -8,26 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from outside_agents import HELLO, agent, say, slow
-
-
-class Losing(httpx.BaseTransport):
-    """A network that loses the answers of the numbered requests after the server has given them."""
-
-    def __init__(self, *lost: int) -> None:
-        self.inner = httpx.HTTPTransport()
-        self.lost = lost
-        self.retries: list[str] = []
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        number = len(self.retries)
-        self.retries.append(request.headers["x-stainless-retry-count"])
-        response = self.inner.handle_request(request)
-        if number in self.lost:
-            response.read()
-            response.close()
-            raise httpx.ReadError("the answer was lost", request=request)
-        return response
+from outside_agents import HELLO, Losing, agent, say, slow
 
 
 @pytest.mark.parametrize("stream", [False, True])
