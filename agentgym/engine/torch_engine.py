@@ -155,6 +155,9 @@ class TorchEngine:
                 result = action()
             except AgentGymError as error:
                 self._answer(reply, error)
+            except Exception as error:
+                self._answer(reply, _death(error))
+                raise  # what it left behind nobody knows: the engine ends
             else:
                 self._answer(reply, result)
 
@@ -177,7 +180,7 @@ class TorchEngine:
                         self._busy_s += time.perf_counter() - start
                     self._deliver()
         except Exception as error:  # noqa: BLE001  the thread's last words must reach those who wait
-            self._end(EngineDiedError(f"the torch engine failed: {type(error).__name__}: {error}"))
+            self._end(_death(error))
             self._deliver()
 
     def _take_messages(self) -> None:
@@ -285,6 +288,10 @@ def _segments(work: Work, version: int, reason: FinishReason) -> tuple[Segment, 
     kv_version = min(work.kv_version, version) if work.token_ids or work.spans else version
     last = Segment(tuple(work.token_ids[start:]), tuple(work.logprobs[start:]), version, kv_version, reason)
     return (*segments, last)
+
+
+def _death(error: Exception) -> EngineDiedError:
+    return EngineDiedError(f"the torch engine failed: {type(error).__name__}: {error}")
 
 
 def _do(acts: Sequence[_Act]) -> None:

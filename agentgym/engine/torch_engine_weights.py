@@ -162,10 +162,18 @@ def _check_names(model: PreTrainedModel, targets: dict[str, torch.Tensor], names
 def _check_tensor(name: str, source: torch.Tensor, target: torch.Tensor, path: Path) -> None:
     if source.shape != target.shape:
         raise EngineError(f"{name!r} in {path} has shape {list(source.shape)}, the model has {list(target.shape)}")
-    if torch.promote_types(source.dtype, target.dtype) != target.dtype:
+    if not _holds(target.dtype, source.dtype):
         raise EngineError(
             f"{name!r} in {path} is {source.dtype}, which the engine's {target.dtype} cannot hold without rounding"
         )
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether `wide` has every value of `narrow`, as far as torch knows."""
+    try:
+        return torch.promote_types(narrow, wide) == wide
+    except RuntimeError:  # it promotes no float8
+        return False
 
 
 def _check_ties(targets: dict[str, torch.Tensor], sources: dict[str, torch.Tensor], path: Path) -> None:
@@ -227,7 +235,7 @@ def _check_factors(weight: str, down: torch.Tensor, up: torch.Tensor, rank: int,
             f"{weight!r}"
         )
     for factor in (down, up):
-        if torch.promote_types(factor.dtype, torch.float32) != torch.float32:
+        if not _holds(torch.float32, factor.dtype):
             raise EngineError(
                 f"{path}: the adapter of {weight!r} is {factor.dtype}, and adapters are merged in float32"
             )

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agentgym.engine import torch_engine_weights
+from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.engine.torch_engine import TorchEngine
 from agentgym.engine.torch_engine_weights import checked_dtype, load_weights, read_model
-from agentgym.errors import EngineError, UnavailableError, VersionError
+from agentgym.errors import EngineDiedError, EngineError, UnavailableError, VersionError
+from agentgym.policy import SamplingParams
 
 Tensors = dict[str, torch.Tensor]
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -36,6 +38,10 @@ def widen(tensors: Tensors) -> None:
     tensors[NAME] = tensors[NAME].double()
 
 
+def narrow(tensors: Tensors) -> None:
+    tensors[NAME] = tensors[NAME].to(torch.float8_e4m3fn)  # which torch promotes to nothing
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -43,6 +49,7 @@ def widen(tensors: Tensors) -> None:
         (add, "holds 'model.layers.7.extra', which the model does not have"),
         (reshape, rf"'{NAME}' .* has shape \[31, 32\], the model has \[32, 32\]"),
         (widen, f"'{NAME}' .* is torch.float64, which the engine's torch.float32 cannot hold"),
+        (narrow, f"'{NAME}' .* is torch.float8_e4m3fn, which the engine's torch.float32 cannot hold"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_and_changes_nothing(
@@ -134,3 +141,24 @@ def test_bfloat16_needs_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         checked_dtype("bfloat16")
     monkeypatch.setattr(torch_engine_weights, "has_native_bfloat16", lambda: True)
     assert checked_dtype("bfloat16") is torch.bfloat16
+
+
+def test_a_load_that_ends_the_engine_fails_typed_and_does_not_wait_for_ever(model_of, tmp_path: Path) -> None:
+    """Whatever a load raises that is no error of ours, its caller must hear of: the gate is closed until then."""
+    folder, _ = model_of("llama")
+    deep = {"format": "lora", "adapter_config": "[" * 100_000}  # which ends a JSON reader with a RecursionError
+    save_file({"x": torch.zeros(1)}, tmp_path / "deep.safetensors", deep)
+
+    async def main() -> None:
+        engine = TorchEngine(folder, slots=2, max_context=32)
+        policy = VersionedPolicy(engine)
+        try:
+            for _ in range(2):
+                with pytest.raises(EngineDiedError, match="the torch engine failed: RecursionError"):
+                    await asyncio.wait_for(policy.publish(WeightUpdate(1, tmp_path / "deep.safetensors")), 20)
+            with pytest.raises(EngineDiedError, match="RecursionError"):
+                await asyncio.wait_for(policy.complete([1, 2], SamplingParams(3)), 20)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
