@@ -49,6 +49,15 @@ class Answering:
         if name != self.model:
             raise UnknownModelError(str(UnknownNameError.of("model", name[:200], [self.model])))
 
+    def check_size(
+        self, body: SampledRequest, messages: Sequence[Message], tools: Sequence[ToolSpec], text: str = ""
+    ) -> None:
+        """Raises TooLongError for what is not even worth encoding."""
+        try:
+            self.replies.check_size(messages, tools, text)
+        except PromptTooLongError as error:
+            raise TooLongError(body.PROMPT, str(error)) from error
+
     async def converse(
         self,
         request: Request,
@@ -62,6 +71,7 @@ class Answering:
         """The next message of a conversation; `session_id` is what the path names."""
         visit: Visit = request.state.visit
         assert visit.principal is not None
+        self.check_size(body, messages, tools)
         conversation = self._conversation_of(visit.principal, session_id)
         visit.session_id = conversation.session_id
         retry_key = request.headers.get("idempotency-key")

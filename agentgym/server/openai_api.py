@@ -65,6 +65,7 @@ class OpenAiSurface:
         sampling = self._answering.check(body)
         prompt = body.read_prompt()
         if isinstance(prompt, str):
+            self._answering.check_size(body, (), (), prompt)
             prompt_ids = await encode_text(self._replies.renderer, prompt)
         else:
             check_vocabulary("prompt", prompt, self._answering.vocab_size)
