@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from agentgym.config import parse_config
-from agentgym.versions import BFLOAT16
+from agentgym.versions import BFLOAT16, VersionLog
+from agentgym_trainer.anchors.scoring import ScoringModel
 from agentgym_trainer.learner import Learner, make_accelerator
 from agentgym_trainer.publish import as_published, published_weights
 from agentgym_trainer.settings import TrainConfig
@@ -52,6 +54,27 @@ def test_masters_come_back_after_an_error(make_model: Callable[..., LlamaForCaus
     with pytest.raises(RuntimeError, match="boom"), as_published(model, "bfloat16"):
         raise RuntimeError("boom")
     assert torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_of_every_layout_come_back_from_the_log(tmp_path: Path, dtype: str) -> None:
+    module = nn.Linear(6, 4)
+    module.weight = nn.Parameter(torch.randn(6, 4).t())  # in memory by columns, as a converted checkpoint may be
+    module.scale = nn.Parameter(torch.tensor(1.5))
+    module.register_buffer("nothing", torch.zeros(0, 3))
+    log, history = VersionLog(tmp_path), []
+    for version in range(3):
+        with torch.no_grad():
+            module.weight[version, 1] += 1.0
+        with as_published(module, dtype):
+            history.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        log.hold("test", log.versions)
+        log.append(published_weights(module, dtype))
+    scoring = ScoringModel(module, 1.0)
+    for version in (2, 0, 1, 2):  # the last three along the deltas
+        scoring.bring(log, version)
+        torch.testing.assert_close(dict(scoring.module.state_dict()), history[version], atol=0.0, rtol=0.0)
+    assert log.num_full_copies == 2  # the newest two
 
 
 def test_counters_are_published_as_they_are() -> None:

@@ -52,7 +52,8 @@ def published_weights(model: torch.nn.Module, dtype: str = "float32") -> dict[st
         if id(tensor) not in seen:
             seen.add(id(tensor))
             kept = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
-            weights[name] = _as_array(tensor.detach().to("cpu", kept, copy=True))
+            layout = torch.contiguous_format  # the log compares bits in order, however they lay in the model
+            weights[name] = _as_array(tensor.detach().to("cpu", kept, copy=True, memory_format=layout))
     return weights
 
 

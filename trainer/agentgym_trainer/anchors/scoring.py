@@ -100,13 +100,17 @@ class ScoringModel:
         assert self._scratch is not None, "load() comes before a switch"
         state = published_state(self._scratch)
         for name, patch in delta.items():
-            target = state[name].detach().view(-1).view(_BITS[state[name].element_size()])
+            held = state[name].detach()
+            values = held.contiguous()  # itself, but for a tensor that lies in memory in another order
+            target = values.view(-1).view(_BITS[held.element_size()])
             bits = torch.from_numpy(patch.bits.astype(f"i{patch.bits.itemsize}")).to(target.device, target.dtype)
             shift = self._shifts[name]
             assert shift is not None, "bring() switches only what can be"
             indices = torch.from_numpy(patch.indices).to(target.device)
             # as `target[indices] ^= bits << shift`, in a third of its time on a CPU
             target.scatter_(0, indices, target.gather(0, indices) ^ (bits << shift))
+            if values is not held:
+                held.copy_(values)
 
     @torch.no_grad()
     def score(self, micro_batch: MicroBatch) -> Tensor:
