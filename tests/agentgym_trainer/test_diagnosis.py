@@ -157,6 +157,23 @@ def test_keys_that_were_kept_over_a_publication(new, old, prompts, verdict) -> N
     assert "says so of 0 tokens" in silent.detail
 
 
+def test_a_token_is_too_few_for_a_temperature(new, old, verdict) -> None:
+    """One that is fitted to it explains all of it, and would be named first."""
+    engine = FaultyEngine(lambda t: (old, OLD) if t < 14 else (new, NEW))
+    found = verdict([engine.play([7, 5, 3, 11, 19], 11)])
+    assert found.mismatch.num_tokens == 1
+    assert found.cause == "stale_kv"
+
+
+def test_the_version_that_is_off_is_examined_not_the_newest(new, old, prompts, verdict) -> None:
+    """Its newest tokens may be few, and right: the alarm was not about those."""
+    fine = FaultyEngine(lambda t: (new, NEW)).play(prompts[0], 3)
+    wrong = [FaultyEngine(lambda t: (new, OLD)).play(prompt, SAMPLED) for prompt in prompts]
+    found = verdict([fine, *wrong])
+    assert found.mismatch.num_tokens == len(prompts) * SAMPLED
+    assert found.cause is not None
+
+
 def test_a_publication_that_prefills_again_is_no_fault(new, old, prompts, verdict) -> None:
     rows = []
     for prompt in prompts:

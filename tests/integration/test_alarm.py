@@ -106,8 +106,8 @@ def test_every_run_shows_every_diagnostic_by_lag(ignored):
 
 def test_what_goes_wrong_during_a_run_stops_it_there(tmp_path):
     done, rows = train(
-        tmp_path, "engine.publish_mode=keep", "trainer.learning_rate=1e-2", "trainer.steps=80",
-        "rollout.max_staleness=1", "trainer.on_discrepancy=stop",
+        tmp_path, "engine.publish_mode=keep", "trainer.learning_rate=2e-3", "trainer.steps=80",
+        "rollout.max_staleness=4", "trainer.on_discrepancy=stop",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-4000:]
     assert re.search(r"disagree about the same weights: .*likely cause: stale_kv .*publish_mode = 'abort'", said(done))

@@ -34,6 +34,7 @@ _QUIET_STEPS = 10  # between two alarms in words, doubled by each
 _QUIET_MOST = 1280
 _RESETS_IN_A_ROW = 3
 _OLDER = 2  # versions before the present one that the engine may still have
+_EXAMINED = 3  # versions of a batch without a token of no lag, among which the fault is looked for
 EXACT_ANCHORS = frozenset({"auto", "snapshot", "old_logit_model", "interrupt"})
 log = logging.getLogger(__name__)
 
@@ -138,27 +139,39 @@ def examine(
     model: nn.Module, rows: Sequence[TokenSequence], version: int, temperature: float, versions: VersionSource,
     floor: float,
 ) -> Diagnosis | None:  # fmt: skip
-    """Why the engine's logprobs of these rows differ from those of `model`, which holds policy version `version`.
-    None where there is nothing to compare. Takes forwards of a few thousand tokens, and a second copy of the weights
-    for as long."""
+    """Why the engine's logprobs of these rows differ from those of `model`, which holds policy version `version`: of
+    the newest few versions among their tokens, the one whose tokens differ most, all together. None where there is
+    nothing to compare. Takes forwards of a few thousand tokens, and a second copy of the weights for as long."""
     sampled = {v for row in rows for v, mask in zip(row.policy_versions, row.loss_mask) if mask and v <= version}
-    if not sampled:
+    module, scoring = unwrap(model), ScoringModel(unwrap(model), temperature)
+
+    def prober_of(candidate: int) -> Prober | None:
+        holds = module
+        if candidate != version:
+            scoring.bring(versions, candidate)
+            holds = scoring.module
+        targets = choose_targets(rows, candidate, _vocab_size(holds))
+        if not targets:
+            return None
+        before = [v for v in _known(versions, candidate) if v < candidate][-_OLDER:]
+        return Prober(holds, targets, candidate, temperature, versions, tuple(reversed(before)))
+
+    off: dict[int, float] = {}
+    for candidate in sorted(sampled, reverse=True)[:_EXAMINED]:
+        if (prober := prober_of(candidate)) is not None:
+            mismatch = prober.compared().mismatch
+            off[candidate] = mismatch.num_tokens * mismatch.mean_abs
+    if not off:
         return None
-    newest = max(sampled)
-    module = unwrap(model)
-    if newest != version:
-        scoring = ScoringModel(module, temperature)
-        scoring.bring(versions, newest)
-        module = scoring.module
-    config = getattr(module, "config", None)
-    vocab_size = getattr(config, "vocab_size", None) or module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    targets = choose_targets(rows, newest, vocab_size)
-    if not targets:
-        return None
-    before = [v for v in _known(versions, newest) if v < newest][-_OLDER:]
-    prober = Prober(module, targets, newest, temperature, versions, tuple(reversed(before)))
+    prober = prober_of(max(off, key=lambda candidate: (off[candidate], candidate)))
+    assert prober is not None
     compared = prober.compared()
     return diagnose(compared, prober.probes(compared), floor)
+
+
+def _vocab_size(module: nn.Module) -> int:
+    named = getattr(getattr(module, "config", None), "vocab_size", None)
+    return named or module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
 
 
 def _known(versions: VersionSource, newest: int) -> Sequence[int]:

