@@ -16,6 +16,7 @@ from agentgym.server.visit import Visit
 LogFormat = Literal["text", "json"]
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(whose)s"
 _FIELDS = ("method", "route", "status", "principal", "seconds", "prompt_tokens", "sampled_tokens", "failed")
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
 
 
@@ -38,7 +39,8 @@ def configure(log_format: LogFormat, level: int = logging.INFO) -> None:
 
 
 class TextLines(logging.Formatter):
-    """A line for people; what belongs to a request ends with its id."""
+    """A line for people; what belongs to a request ends with its id. A message of several lines, such as an error that
+    quotes what somebody sent, goes on indented, so that none of them looks like a line of ours."""
 
     def __init__(self) -> None:
         super().__init__(TEXT)
@@ -46,7 +48,8 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         visit = _visit.get()
         record.whose = "" if visit is None else f" [{' '.join(_ids(visit).values())}]"
-        return super().format(record)
+        first, *more = super().format(record).translate(_CONTROLS).split("\n")
+        return "\n".join([first, *("    " + line for line in more)])
 
 
 class JsonLines(logging.Formatter):

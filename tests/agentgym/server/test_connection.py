@@ -111,6 +111,16 @@ def test_so_is_a_body_that_nobody_waits_for_any_more(server: Any) -> None:
         drip(connection, b"a" * 10_000)  # ended within PATIENCE_S, or this fails
 
 
+def test_a_stranger_s_body_is_not_even_waited_for(server: Any) -> None:
+    """Who brings no key may ask how the server is, and fill no memory with it."""
+    with closing(connect(server.url)) as connection:
+        connection.sendall(READY.replace(b"Host", b"Content-Length: 40000\r\nHost"))
+        assert read_answer(connection)[0] == 200
+        with suppress(ConnectionError):
+            connection.sendall(b"a" * 40_000)
+        assert connection.recv(100) == b"", "nor is it taken for the next request"
+
+
 def test_a_connection_that_says_nothing_is_closed_without_an_answer(server: Any) -> None:
     with closing(connect(server.url)) as connection, suppress(ConnectionResetError):
         assert connection.recv(100) == b""

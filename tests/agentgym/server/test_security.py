@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import pytest
 
 from agentgym.config import parse_config
 from agentgym.server.client import start_service
+from agentgym.server.logs import JsonLines, TextLines
 from agentgym.server.settings import ServiceConfig
 
 KEY = "the-trainers-key-of-this-test"
@@ -282,3 +284,12 @@ def test_the_log_has_ids_and_neither_keys_nor_messages(process: Callable[..., Pr
     text = server.log_file.read_text()
     for unsaid in (SECRET, ACTING, trainer_key, session["api_key"]):
         assert unsaid not in text
+
+
+def test_no_line_of_the_log_is_another_s_text() -> None:
+    forged = "the grader said\n2026-11-23 02:00:00,000 INFO agentgym.server.access: GET /v1\r\x1b[2J\x9b0m"
+    record = logging.LogRecord("agentgym", logging.WARNING, "", 0, "group discarded: %s", (forged,), None)
+    first, *more = TextLines().format(record).split("\n")
+    assert first.endswith("WARNING agentgym: group discarded: the grader said")
+    assert more == [r"    2026-11-23 02:00:00,000 INFO agentgym.server.access: GET /v1\x0d\x1b[2J\x9b0m"]
+    assert json.loads(JsonLines().format(record))["message"] == f"group discarded: {forged}"
