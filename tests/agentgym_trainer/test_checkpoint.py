@@ -66,9 +66,14 @@ def test_a_disk_that_refuses_leaves_the_checkpoint_before(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_a_broken_checkpoint_is_a_typed_error(tmp_path):
-    accelerator, _ = learner(1)
-    save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), {}, keep=2)
-    (tmp_path / "step-000001" / "progress.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+@pytest.mark.parametrize("content", ["", "{}", "hello world", None])
+@pytest.mark.parametrize(
+    "name", ["progress.json", "anchor.pt", "optimizer.bin", "custom_checkpoint_0.pkl", "pytorch_model.bin"]
+)
+def test_a_broken_checkpoint_is_a_typed_error(tmp_path, name, content):
+    accelerator, first = learner(1)
+    save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), first.state(), keep=2)
+    file = tmp_path / "step-000001" / name
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(CheckpointError, match=r"step-000001 cannot be read: \w+: .*; if its files are damaged, remove it"):
         load_checkpoint(accelerator, tmp_path / "step-000001")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ import torch
 from accelerate import Accelerator
 
 from agentgym.errors import CheckpointError
+
+# What torch and pickle raise for files that are cut off, empty or something else altogether.
+_UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, EOFError, LookupError, AttributeError, pickle.PickleError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,14 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[Progress, dic
         accelerator.load_state(str(path))
         anchor_state = torch.load(path / "anchor.pt", weights_only=True)
         return Progress(**json.loads((path / "progress.json").read_text())), anchor_state
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+    except CheckpointError:  # an OSError, too, that says what is wrong
+        raise
+    except _UNREADABLE as error:
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read: {said}; if its files are damaged, remove it, and --resume takes "
+            "the one before"
+        ) from error
 
 
 def _make_durable(folder: Path) -> None:
