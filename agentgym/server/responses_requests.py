@@ -93,7 +93,9 @@ class ResponsesRequest(SampledRequest):
         None, description="with `none` the tools are not shown; a forced call is not a sampled one"
     )
     max_output_tokens: int | None = Field(None, ge=1, description="tokens to sample at most")
-    stream_options: ResponseStreamOptions | None = Field(None, description="says nothing here; with `stream` only")
+    stream_options: ResponseStreamOptions | None = Field(
+        None, description="`include_obfuscation: false`; with `stream` only"
+    )
     include: list[Literal["message.output_text.logprobs"]] | None = Field(
         None, description=f"`{LOGPROBS}`: the logprob of each sampled token, as it was sampled"
     )

@@ -15,6 +15,13 @@ from openai.types.responses import Response, ResponseStreamEvent
 from outside_agents import says
 from pydantic import TypeAdapter
 
+from agentgym.messages import Message
+from agentgym.policy import Completion
+from agentgym.server.replies import Reply
+from agentgym.server.responses_answers import ResponseAnswer
+from agentgym.server.responses_requests import ResponsesRequest
+from agentgym.server.text_stream import ContentStream
+
 QUESTION: Any = "1 up 2 left U. D. L. R#"
 MOVE: Any = {
     "type": "function",
@@ -86,6 +93,10 @@ def test_a_stream_put_together_is_the_whole_answer(server: Any, options: dict[st
     assert {event["item_id"] for event in events if "content_index" in event} == {message["id"]}
     assert len(text["logprobs"]) == (len(whole["token_ids"]) if "include" in options else 0)
     assert deltas
+    (done,) = [event for event in events if event["type"] == "response.output_text.done"]
+    assert (done["text"], done["logprobs"]) == (text["text"], text["logprobs"])
+    ended = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert ended == events[-1]["response"]["output"]
     sampled = whole["usage"]["output_tokens"]
     assert len(whole["token_ids"]) == len(whole["policy_versions"]) == len(whole["kv_versions"]) == sampled
     assert len(whole["prompt_token_ids"]) == whole["usage"]["input_tokens"]
@@ -126,6 +137,10 @@ def test_what_is_sampled_is_what_chat_samples(client: openai.OpenAI) -> None:
     )  # fmt: skip
     told, (choice,) = answer.model_extra or {}, chat.choices
     assert told["prompt_token_ids"] == (chat.model_extra or {})["prompt_token_ids"]
+    for role in ("system", "developer"):
+        items: Any = [{"role": role, "content": "1 left"}, {"type": "message", "role": "user", "content": QUESTION}]
+        other = client.responses.create(model="small", input=items, tools=[MOVE], max_output_tokens=1, extra_body=OURS)
+        assert (other.model_extra or {})["prompt_token_ids"] == told["prompt_token_ids"]
     for name in ("token_ids", "policy_versions", "kv_versions"):
         assert told[name] == (choice.model_extra or {})[name]
     assert answer.output_text == choice.message.content
@@ -188,6 +203,25 @@ def test_calls_alone_are_no_message_but_where_logprobs_are_asked_for(start: Call
     (text,) = message["content"]
     assert text["text"] == ""
     assert len(text["logprobs"]) == len(told[-1]["response"]["token_ids"]) > 2
+
+
+def test_a_call_that_cannot_be_read_is_text_to_the_end(start: Callable[..., Any]) -> None:
+    url, _ = asking(start, "goal <call> <sep> up")
+    events = events_of(url, {"input": QUESTION, "tools": [MOVE], "temperature": 0})
+    (item,) = events[-1]["response"]["output"]
+    (text,) = item["content"]
+    assert text["text"] == "goal<sep> up"
+    assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == text["text"]
+
+
+def test_a_token_that_is_a_part_of_a_character_has_no_bytes() -> None:
+    request = ResponsesRequest(model="small", input="x", include=LOGPROBS)
+    answer = ResponseAnswer(request, (), lambda ids: {5: "\ufffd", 6: "é"}[ids[0]], ContentStream(()))
+    completion = Completion((5, 6), (-0.5, -1.0), (0, 0), (0, 0), "stop")
+    whole = answer.whole([Reply((1,), completion, "é", "stop", Message("assistant", "é"))])
+    whole["tools"] = []
+    said: Any = Response.model_validate(whole).output[0]
+    assert [(one.token, one.bytes) for one in said.content[0].logprobs] == [("\ufffd", []), ("é", [0xC3, 0xA9])]
 
 
 def test_a_reply_that_says_nothing_is_an_empty_message(start: Callable[..., Any]) -> None:

@@ -107,6 +107,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: Any, change: dict[st
         ([USER, CALL | {"name": None}, OUTPUT], "input[1].name must be text that is not empty"),
         ([USER, CALL | {"arguments": {}}, OUTPUT], "input[1].arguments must be text (JSON), got {}"),
         ([USER, CALL | {"caller": {"type": "x"}}, OUTPUT], "unknown parameter 'input[1].caller'"),
+        ([USER, CALL, OUTPUT | {"images": ["y"]}], "unknown parameter 'input[2].images'"),
         ([USER, CALL, OUTPUT | {"output": 3}], "input[2].output must be text or a list of text parts, got 3"),
         ([USER, CALL, OUTPUT | {"output": [{"type": "input_image"}]}], "input[2].output[0] must be of type"),
     ],
