@@ -97,6 +97,7 @@ class Dispatch:
         finally:
             self._count(call, -1)
             call.task.cancel()  # where the caller is: closing the connection frees the place in the batch
+            work.settle()
         if call.ended == "cut":
             return
         if call.ended == "lost":

@@ -59,6 +59,7 @@ class Sampling:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     labels: list[tuple[int, int, int]] = field(default_factory=list)
+    doubtful: int | None = None  # from this token on, labels may be those of arrival and not those of sampling
     finish_reason: FinishReason | None = None
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
@@ -74,6 +75,15 @@ class Sampling:
     def relabel(self, start: int, labels: Sequence[tuple[int, int, int]]) -> None:
         """Puts exact labels in the place of those of arrival, from token `start` on."""
         self.labels = [label for label in self.labels if label[0] < start] + list(labels)
+        self.doubtful = None
+
+    def settle(self) -> None:
+        """The server will say no more of what it sampled: what nobody can label is sampled again, unless it was told.
+        What is told comes token by token, and arrives before anything is published behind it."""
+        if self.doubtful is not None and self.on_tokens is None:
+            del self.token_ids[self.doubtful :], self.logprobs[self.doubtful :]
+            self.relabel(self.doubtful, ())
+        self.doubtful = None
 
     def is_complete(self) -> bool:
         """Whether nothing is left to sample, although no server has said so."""
@@ -96,13 +106,14 @@ class Sampling:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Asked:
     """What a request met: tokens that it has already, the version that was served, and whether that is an adapter."""
 
     start: int
     version: int
     adapted: bool
+    heard: int  # the version under which its last tokens arrived
 
 
 class VllmReplica:
@@ -128,7 +139,7 @@ class VllmReplica:
 
         Raises ReplicaLostError or ReplicaPausedError, and what has come until then is in `work`; EngineError.
         """
-        asked = _Asked(len(work.token_ids), self.version, self._adapted)
+        asked = _Asked(len(work.token_ids), self.version, self._adapted, self.version)
         try:
             async with self._streams.post("/inference/v1/generate", self._request(work)) as answer:
                 if answer.status != 200:
@@ -179,7 +190,11 @@ class VllmReplica:
         if len(logprobs) != len(choice["token_ids"]):
             raise EngineError(f"{self.name} sent {len(choice['token_ids'])} tokens with {len(logprobs)} logprobs")
         start, served = asked.start, asked.version
-        work.add(choice["token_ids"], logprobs, served if asked.adapted else self.version, served)
+        version = served if asked.adapted else self.version
+        if version != asked.heard and work.doubtful is None:  # some of these may be from before the publication
+            work.doubtful = len(work.token_ids)
+        asked.heard = version
+        work.add(choice["token_ids"], logprobs, version, served)
         reason = choice.get("finish_reason")
         if reason is None:
             return

@@ -315,6 +315,30 @@ def test_an_adapter_that_is_published_under_keep_ends_the_pause_before_it(model_
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+@pytest.mark.parametrize(("published", "kept"), [(True, 0), (False, 2)])
+def test_a_token_that_no_server_has_labelled_is_sampled_again(model_of, perturbed, published: bool, kept: int) -> None:
+    """Tokens come in chunks, and their versions behind the last one. Of a chunk that came behind a publication, from a
+    server that died then, nobody knows which were sampled before."""
+    folder, model = model_of("llama")
+
+    async def main() -> None:
+        async with house(folder, 1) as (engine, servers):
+            policy = VersionedPolicy(engine)
+            servers[0].dies_behind = 2
+            servers[0].go.clear()
+            asked = asyncio.ensure_future(policy.complete([1, 2], SamplingParams(5, seed=1)))
+            await servers[0].begun.wait()
+            if published:
+                await policy.publish(WeightUpdate(1, perturbed(model, 1)[0]), "keep")
+            servers[0].go.set()
+            done = await asked
+            version = int(published)
+            assert done.policy_versions == done.kv_versions == (version,) * 5
+            assert servers[0].wanted == [5, 5 - kept]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_requests_do_not_wait_for_ever_for_a_replica(model_of) -> None:
     async def main() -> None:
         async with house(model_of("llama")[0], 1) as (engine, servers):

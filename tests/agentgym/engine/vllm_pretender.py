@@ -41,6 +41,8 @@ class Pretender:
         self.resumed.set()
         self.label = "what it was started with"
         self.salts: list[str] = []
+        self.wanted: list[int] = []  # tokens, by request
+        self.dies_behind: int | None = None  # tokens of the next request
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -60,8 +62,11 @@ class Pretender:
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 kind = "text/event-stream" if isinstance(answer, bytes) else "application/json"
                 writer.write(f"HTTP/1.1 {status} Said\r\ncontent-type: {kind}\r\n".encode())
-                writer.write(b"content-length: %d\r\n\r\n%s" % (len(content), content))
+                dies = isinstance(answer, bytes) and b"DONE" not in answer
+                writer.write((b"" if dies else b"content-length: %d\r\n" % len(content)) + b"\r\n" + content)
                 await writer.drain()
+                if dies:
+                    break
         writer.close()
 
     async def _answer(self, route: str, body: Any) -> tuple[int, Any]:
@@ -87,8 +92,13 @@ class Pretender:
     async def _generate(self, body: Any) -> bytes:
         self.begun.set()
         self.salts.append(body["cache_salt"])
+        self.wanted.append(body["sampling_params"]["max_tokens"])
         await self.resumed.wait()
         await self.go.wait()
+        count, self.dies_behind = self.dies_behind, None
+        if count is not None:
+            choice = {"token_ids": [TOKEN] * count, "logprobs": {"content": [{"logprob": -1.0}] * count}}
+            return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
         count = body["sampling_params"]["max_tokens"]
         choice = {
             "token_ids": [TOKEN] * count,
