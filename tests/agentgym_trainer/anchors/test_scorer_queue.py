@@ -1,4 +1,5 @@
-"""The scorer's queue is bounded: who samples faster than it scores is not followed further until there is room."""
+"""The scorer's queue is bounded: who samples faster than it scores is not followed further until there is room. Whoever
+waits for its records hears at once of what keeps them from coming."""
 
 from __future__ import annotations
 
@@ -7,7 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from agentgym.errors import TrainingError
 from agentgym.server.wire import FeedPage, Piece
+from agentgym.trajectory import EpisodeStatus, ScoredSequences, TokenSequence
 from agentgym_trainer.anchors.old_logit_model import OldLogitModel
 from agentgym_trainer.anchors.scorer_settings import Answer, ScorerSettings
 
@@ -56,5 +61,33 @@ def test_the_feed_is_not_read_while_the_scorer_is_behind_by_its_bound(tmp_path: 
             scorer._take(Answer(job.number, (), 0, 0.0, None))
         assert scored == list(NAMES)
         wait_until(lambda: feed.reads > 3)
+    finally:
+        scorer.__exit__()
+
+
+ROW = TokenSequence((1, 2), (False, True), (0.0, -0.5), (-1, 0), (-1, 0))
+WANTED = [ScoredSequences("t", "g", "e", EpisodeStatus.TERMINATED, 1.0, True, {}, (ROW,), 1)]
+
+
+def test_a_log_that_cannot_be_written_ends_the_wait(tmp_path: Path) -> None:
+    settings = ScorerSettings("no-model", str(tmp_path), "{}", "cpu")
+    with (
+        OldLogitModel(settings, tmp_path / "gone" / "scorer.log") as scorer,
+        pytest.raises(TrainingError, match=r"cannot be started: .*No such file or directory: .*gone/scorer\.log"),
+    ):
+        scorer.collect(WANTED, None, timeout_s=20.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_feed_that_ends_in_a_fault_of_ours_ends_the_wait(tmp_path: Path) -> None:
+    class Broken(Feed):
+        def feed(self, cursor: int = 0, max_tokens: int = 65_536) -> FeedPage:
+            raise ZeroDivisionError("a page of nothing")
+
+    scorer = OldLogitModel(ScorerSettings("no-model", str(tmp_path), "{}", "cpu"), tmp_path / "scorer.log")
+    scorer.follow(Broken())
+    try:
+        with pytest.raises(TrainingError, match="ended by ZeroDivisionError: a page of nothing"):
+            scorer.collect(WANTED, None, timeout_s=20.0)
     finally:
         scorer.__exit__()

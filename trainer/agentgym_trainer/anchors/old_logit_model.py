@@ -88,7 +88,18 @@ class OldLogitModel:
         self._start(lambda: self._follow(client))
 
     def _start(self, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, daemon=True)
+        """A thread, of whose end the waiter hears, whatever ends it: nothing is waited for that nobody does."""
+
+        def run() -> None:
+            try:
+                work()
+            except AgentGymError as error:
+                self._fail(error)
+            except BaseException as error:
+                self._fail(TrainingError(f"what follows or feeds the scorer ended by {type(error).__name__}: {error}"))
+                raise
+
+        thread = threading.Thread(target=run, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -194,22 +205,19 @@ class OldLogitModel:
     # --------------------------------------------------------------------------------------- the feed, in a thread
 
     def _follow(self, service: Feeding) -> None:
-        try:
-            with service.another() as client:
-                while not self._closing:
-                    page = client.feed(self._followed.cursor)
-                    with self._changed:
-                        self._followed.apply(page)
-                        for piece in page.pieces:
-                            if piece.generation:
-                                self._generations[piece.trajectory_id] = piece.generation
-                        if page.live is None:  # more of the same version may follow, and it is scored in one piece
-                            continue
-                        self._forget_gone()
-                        self._hand_out(page.policy_version)
-                        self._changed.wait_for(lambda: self._closing, self._poll_s)
-        except AgentGymError as error:
-            self._fail(error)
+        with service.another() as client:
+            while not self._closing:
+                page = client.feed(self._followed.cursor)
+                with self._changed:
+                    self._followed.apply(page)
+                    for piece in page.pieces:
+                        if piece.generation:
+                            self._generations[piece.trajectory_id] = piece.generation
+                    if page.live is None:  # more of the same version may follow, and it is scored in one piece
+                        continue
+                    self._forget_gone()
+                    self._hand_out(page.policy_version)
+                    self._changed.wait_for(lambda: self._closing, self._poll_s)
 
     def _hand_out(self, served: int) -> None:
         """Everything that is ready to be scored, as there is room for it."""
@@ -252,8 +260,6 @@ class OldLogitModel:
                     self._serve_one_process()
                 except (EOFError, ConnectionError):
                     self._note_death()
-        except AgentGymError as error:
-            self._fail(error)
         finally:
             if self._process is not None:
                 self._process.kill()
@@ -270,22 +276,20 @@ class OldLogitModel:
                         connection.recv()  # nothing is owed: this is the end of the stream
                     continue
                 connection.send(job)
-                answer = self._answer(connection, None)
-                if answer is not None:
-                    self._take(answer)
+                self._take(self._answer(connection, None))
 
     def _started(self) -> Connection:
         ours, theirs = socket.socketpair()
-        with self._log.open("ab") as log, theirs:
-            command = [sys.executable, "-m", "agentgym_trainer.anchors.scorer_process", "--fd", str(theirs.fileno())]
-            try:
+        command = [sys.executable, "-m", "agentgym_trainer.anchors.scorer_process", "--fd", str(theirs.fileno())]
+        try:
+            with theirs, self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),),
                     start_new_session=True,  # Ctrl-C is the trainer's; the scorer ends when its connection does
                 )  # fmt: skip
-            except OSError as error:
-                ours.close()
-                raise TrainingError(f"the scorer process cannot be started: {error}") from error
+        except OSError as error:
+            ours.close()
+            raise TrainingError(f"the scorer process cannot be started: {error}") from error
         connection = Connection(ours.detach())
         connection.send(self._settings)
         return connection
