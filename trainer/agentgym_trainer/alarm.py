@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from agentgym.errors import TrainingError
+from agentgym.errors import TrainingError, VersionError
 from agentgym.trajectory import TokenSequence
 from agentgym.versions import VersionReader
 from agentgym_trainer.anchors.protocol import VersionSource
@@ -148,7 +148,10 @@ def examine(
     def prober_of(candidate: int) -> Prober | None:
         holds = module
         if candidate != version:
-            scoring.bring(versions, candidate)
+            try:
+                scoring.bring(versions, candidate)
+            except VersionError:  # gone from the log, which a fallback is there for: it cannot be asked
+                return None
             holds = scoring.module
         targets = choose_targets(rows, candidate, _vocab_size(holds))
         if not targets:
