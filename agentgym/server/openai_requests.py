@@ -64,6 +64,7 @@ TOOL_SCHEMA = {
                 "name": {"type": "string", "minLength": 1},
                 "description": _TEXT,
                 "parameters": {"type": "object"},
+                "strict": {"enum": [False, None]},
             },
             "required": ["name"],
         },
@@ -215,7 +216,7 @@ class ChatRequest(ChoicesRequest):
         min_length=1, description="text only; the last one is not the assistant's; `name` is a label"
     )
     tools: Annotated[list[JsonTool], Field(fail_fast=True)] | None = Field(
-        None, description="function tools, shown to the model by its template"
+        None, description="function tools, shown to the model by its template; `strict` may only be false"
     )
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = Field(
         None,
@@ -257,6 +258,8 @@ class ChatRequest(ChoicesRequest):
     def read_tools(self) -> tuple[ToolSpec, ...]:
         """Those that are shown to the model. Raises ParameterError naming the tool."""
         tools = [named(f"tools[{index}]", ToolSpec.from_openai, value) for index, value in enumerate(self.tools or ())]
+        for index, value in enumerate(self.tools or ()):
+            check_not_strict(f"tools[{index}].function", value["function"])
         check_names(tools)
         return () if self.tool_choice == "none" else tuple(tools)
 
@@ -310,6 +313,13 @@ def check_names(tools: Sequence[ToolSpec]) -> None:
         if tool.name in names:
             raise ParameterError(f"tools[{index}]", f"tools[{index}] has the name of another tool, {short(tool.name)}")
         names.add(tool.name)
+
+
+def check_not_strict(place: str, function: Mapping[str, Any]) -> None:
+    """Raises ParameterError for a tool whose calls are to be forced into its schema."""
+    if function.get("strict"):
+        mend = "send strict=false: a call is sampled, never forced into a schema"
+        raise ParameterError(place, f"{place}.strict={short(function['strict'])} is not supported here; {mend}")
 
 
 def check_no_others(place: str, value: Mapping[str, Any], known: Container[str]) -> None:

@@ -10,7 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 
 from agentgym.messages import Message, ToolSpec
 from agentgym.server.openai_errors import ParameterError
-from agentgym.server.openai_requests import SampledRequest, check_names, check_no_others, check_streams, named, short
+from agentgym.server.openai_requests import (
+    SampledRequest,
+    check_names,
+    check_no_others,
+    check_not_strict,
+    check_streams,
+    named,
+    short,
+)
 from agentgym.server.responses_items import ITEM_SCHEMA, read_items
 
 LOGPROBS = "message.output_text.logprobs"
@@ -149,9 +157,7 @@ def _tool(place: str, value: dict[str, Any]) -> ToolSpec:
         raise ParameterError(place, f"{place}: a tool of type {short(kind)} is not supported here; {mend}")
     if not isinstance(name, str) or not name:
         raise ParameterError(place, f"{place}.name must be text that is not empty, got {short(name)}")
-    if value.get("strict"):
-        mend = "send strict=false: a call is sampled, never forced into a schema"
-        raise ParameterError(place, f"{place}.strict={short(value['strict'])} is not supported here; {mend}")
+    check_not_strict(place, value)
     check_no_others(place, value, _TOOL_KEYS)
     function = {"name": name, "description": value.get("description"), "parameters": value.get("parameters")}
     return named(place, ToolSpec.from_openai, {"type": "function", "function": function})

@@ -127,6 +127,10 @@ def test_a_tool_call_there_and_back(start: Callable[..., Any]) -> None:
         ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, "last message"),
         ({"messages": [{"role": "user", "content": "goal " * 200}]}, "does not fit the context of 120"),
         ({"tools": [{"type": "function"}]}, "tools[0]: a tool must be"),
+        (
+            {"tools": [{"type": "function", "function": MOVE["function"] | {"strict": True}}]},
+            "tools[0].function.strict=True is not supported here; send strict=false",
+        ),
         ({"tools": [MOVE, MOVE]}, "tools[1] has the name of another tool"),
         ({"frobnicate": 1}, "unknown parameter 'frobnicate'"),
     ],
