@@ -13,10 +13,17 @@ import torch
 from gradient_worker import VERSION, ragged_trajectories, small_model
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from agentgym.config import parse_config
-from agentgym.errors import CheckpointError, VersionError
+from agentgym.errors import CheckpointError, ConfigError, VersionError
 from agentgym.versions import VersionLog, VersionReader
 from agentgym_trainer.batch import MicroBatch, build_micro_batches
 from agentgym_trainer.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
@@ -356,6 +363,33 @@ def test_named_targets_are_all_that_is_adapted(make_model: MakeModel, tmp_path: 
     wrapped = adapted(make_model(), target_modules=("q_proj", "layers.1.mlp.up_proj"))
     modules = {name.partition(".lora_")[0].removeprefix("base_model.model.model.") for name in adapter_state(wrapped)}
     assert modules == {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"}
+
+
+def mixture(folder: Path) -> Path:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=23, num_key_value_heads=2, num_local_experts=2, **sizes)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_named_layers_of_a_mixture_of_experts_are_adapted_and_published(tmp_path: Path) -> None:
+    config = config_of(lora={**LORA, "target_modules": ["q_proj"]})
+    model = load_model(mixture(tmp_path / "model"), config)
+    said = json.loads(published_metadata(model)["adapter_config"])
+    assert said["target_modules"] == ["q_proj"]
+    log = VersionLog(tmp_path / "versions")
+    publication = Learner(make_accelerator(config), model, config, log).published()
+    log.append(publication.weights, publication.metadata)
+    read = VersionReader(tmp_path / "versions", published_metadata(model)).read(0)
+    assert {name.split(".")[-3] for name in read} == {"q_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's own
+def test_an_adapter_of_experts_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    message = r"'all-linear' would adapt the experts' tensors \(.*down_proj.*\), .* such as \['k_proj', .*'q_proj'"
+    with pytest.raises(ConfigError, match=message):
+        require_targets(mixture(tmp_path), LoraSection(rank=2))
 
 
 def test_the_names_are_pefts(make_model: MakeModel) -> None:

@@ -33,11 +33,11 @@ _INCIDENTAL = ("base_model_name_or_path", "revision", "peft_version", "inference
 
 
 def require_targets(folder: Path, section: LoraSection) -> None:
-    """Raises ConfigError where the model in `folder` has no module of a name in `trainer.lora.target_modules`. Builds
-    the model without its weights: a run should hear of this before anything starts."""
+    """Raises ConfigError where the model in `folder` has no module of a name in `trainer.lora.target_modules`, or they
+    would not be modules. Builds the model without its weights: a run should hear of this before anything starts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    _check_targets(model, section)
+        adapt(model, section, base_dtype="float32", compute_dtype="float32")
 
 
 def adapt(model: PreTrainedModel, section: LoraSection, *, base_dtype: str, compute_dtype: str) -> PeftModel:
@@ -45,11 +45,12 @@ def adapt(model: PreTrainedModel, section: LoraSection, *, base_dtype: str, comp
 
     `base_dtype`: that of the engine's base, whose values the base here takes on, so that both sides compute with the
     same. They are held in fp32, but for the linear layers of a forward in `compute_dtype` bfloat16, which would round
-    them anyway: half the memory, the same bits. Raises ConfigError for target modules that the model has not.
+    them anyway: half the memory, the same bits. Raises ConfigError for target modules that the model has not, and
+    where PEFT would adapt the experts of a mixture, whose tensors are no modules of their own.
     """
     from peft import LoraConfig, get_peft_model
 
-    _check_targets(model, section)
+    names = _check_targets(model, section)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     if base_dtype == "bfloat16":
         _round(model)
@@ -60,6 +61,11 @@ def adapt(model: PreTrainedModel, section: LoraSection, *, base_dtype: str, comp
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
     )  # fmt: skip
     wrapped = cast("PeftModel", get_peft_model(model, config))
+    if experts := sorted(wrapped.peft_config[_ADAPTER].target_parameters or ()):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"trainer.lora.target_modules = {targets!r} would adapt the experts' tensors ({', '.join(experts)}), which "
+            f"engines here cannot merge; name linear layers, such as {names}"
+        )
     if base_dtype == compute_dtype == "bfloat16":  # only now: an adapter is made in the precision of its layer
         for module in linear:
             if module is not model.get_output_embeddings():
@@ -83,7 +89,7 @@ def adapter_metadata(model: nn.Module) -> dict[str, str]:
     config = cast("dict[str, Any]", cast("PeftModel", model).peft_config[_ADAPTER].to_dict())
     plain = {name: value for name, value in config.items() if name not in _INCIDENTAL}
     plain["peft_type"] = str(plain["peft_type"].value)
-    plain["target_modules"] = sorted(plain["target_modules"])
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
     return {"format": "lora", "adapter_config": json.dumps(plain, sort_keys=True)}
 
 
@@ -137,12 +143,13 @@ def checkpoint_adapter_only(accelerator: Accelerator, model: nn.Module) -> None:
     accelerator.register_load_state_pre_hook(cast("Callable[..., None]", load))
 
 
-def _check_targets(model: PreTrainedModel, section: LoraSection) -> None:
-    if isinstance(section.target_modules, str):
-        return
+def _check_targets(model: PreTrainedModel, section: LoraSection) -> list[str]:
+    """The last names of the model's linear layers but the output layer."""
     output = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     names = sorted({name.rpartition(".")[2] for name, module in layers.items() if module is not output})
+    if isinstance(section.target_modules, str):
+        return names
     for target in section.target_modules:
         found = [module for name, module in layers.items() if name == target or name.endswith(f".{target}")]
         if not found:
@@ -155,6 +162,7 @@ def _check_targets(model: PreTrainedModel, section: LoraSection) -> None:
                 f"trainer.lora.target_modules names the output layer {target!r}, which engines serve without an "
                 f"adapter; the other linear layers are {', '.join(names)}"
             )
+    return names
 
 
 @torch.no_grad()
