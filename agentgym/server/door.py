@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from asyncio import FIRST_COMPLETED
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ CLIENT_GONE = 499  # what nginx writes; nobody receives it
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _SESSION_READS = re.compile(r"/v1(/sessions/[^/]+)?/models(/.*)?|/v1/sessions/[^/]+")
 _SESSION_CHATS = re.compile(r"/v1(/sessions/[^/]+)?/(chat/completions|responses)")
+SHARES = 4  # no session's bearer has more than such a part of the requests that run: an agent may be hostile
 CUT_S = 1.0  # for requests that are cut off to say so
 WAITING_REPORT_S = 2.0  # between two lines on what a drain waits for
 
@@ -73,6 +75,7 @@ class Door:
         self._limits = limits
         self._metrics = metrics
         self._running: dict[str, Visit] = {}  # POSTs under `/v1`
+        self._of_session: Counter[str] = Counter()  # those of them that came with a session's bearer
         self._idle = asyncio.Event()
         self._idle.set()
         self._cut = asyncio.Event()  # the drain's time is over
@@ -128,9 +131,7 @@ class Door:
                     raise
             finally:
                 await visit.after.aclose()
-                self._running.pop(visit.request_id, None)
-                if not self._running:
-                    self._idle.set()
+                self._leave(visit)
                 self._note(visit, scope)
 
     async def _visit(self, visit: Visit, scope: Scope, receive: Receive, sender: _Sender) -> None:
@@ -182,8 +183,28 @@ class Door:
                 429, "NotNowError", f"{len(self._running)} requests run, as many as server.max_requests allows",
                 "rate_limit_exceeded", retry_after=str(RETRY_AFTER_S),
             )  # fmt: skip
+        session_id = visit.principal.session_id if visit.principal else None
+        if session_id is not None:
+            share = max(1, self._limits.max_requests // SHARES)
+            if self._of_session[session_id] >= share:
+                raise _Refused(
+                    429, "NotNowError", f"{share} requests of this session run; the others' places are not its own",
+                    "rate_limit_exceeded", retry_after=str(RETRY_AFTER_S),
+                )  # fmt: skip
+            self._of_session[session_id] += 1
         self._running[visit.request_id] = visit
         self._idle.clear()
+
+    def _leave(self, visit: Visit) -> None:
+        if self._running.pop(visit.request_id, None) is None:
+            return
+        session_id = visit.principal.session_id if visit.principal else None
+        if session_id is not None:
+            self._of_session[session_id] -= 1
+            if not self._of_session[session_id]:
+                del self._of_session[session_id]
+        if not self._running:
+            self._idle.set()
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises _Refused for one that is too big or too slow."""

@@ -4,6 +4,7 @@ sampled for it; a conversation is asked once, and what it was told before is tol
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -80,6 +81,7 @@ class Answering:
         question = Question(messages, tools, sampling, retry_key, retries)
         exchange = await visit.after.enter_async_context(conversation.ask(question))
         visit.when_sent.append(exchange.deliver)
+        sampling = replace(sampling, left=exchange.left)
         if exchange.known:
             if not body.stream:
                 return _json(answer.whole(exchange.known))

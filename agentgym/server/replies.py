@@ -47,6 +47,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # besides those that close a turn
     timeout_s: float | None = None  # None: the server's limit
+    left: int | None = None  # tokens that each reply may have at most, whatever was asked for; None: no such limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Exchange(Protocol):
 
     prompt_ids: Sequence[int]
     known: tuple[Reply, ...]  # replies that this question got already: it is asked again; nothing is sampled
+    left: int | None  # tokens that each reply may have; None: as many as were asked for
 
     def record(self, replies: Sequence[Reply]) -> None:
         """These were sampled and are about to be sent."""
@@ -152,7 +154,8 @@ class Replies:
                 f"a prompt of {len(prompt_ids)} tokens{asked} does not fit the context of {self.max_context} tokens"
             )
         stops = tuple(dict.fromkeys((*self.renderer.stop_token_ids, *sampling.stop_token_ids)))
-        first = SamplingParams(most or room, sampling.temperature, stops, sampling.seed, session_id)
+        most = min(most or room, room if sampling.left is None else max(sampling.left, 1))
+        first = SamplingParams(most, sampling.temperature, stops, sampling.seed, session_id)
         if sampling.seed is None:
             return [first] * sampling.n
         return [replace(first, seed=derived_seed(sampling.seed, index)) for index in range(sampling.n)]
@@ -319,6 +322,7 @@ class _UnrecordedExchange:
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         self.prompt_ids = prompt_ids
         self.known: tuple[Reply, ...] = ()
+        self.left: int | None = None
 
     def record(self, replies: Sequence[Reply]) -> None:
         pass

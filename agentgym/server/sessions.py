@@ -138,7 +138,7 @@ class Session:
             try:
                 if not asked.known:
                     asked.prompt = await self._prompt(question)
-                yield _Recorded(self, asked)
+                yield _Recorded(self, asked, self._tokens_left(question))
             finally:
                 del self._under_way[number]
                 self._last_asked = time.monotonic()
@@ -202,20 +202,23 @@ class Session:
         turns = self.recording.num_turns + self.num_under_way + question.sampling.n
         if turns > self.limits.max_turns:
             raise SessionLimitError(f"session {self.name} has used its {self.limits.max_turns} turns; finish it")
-        sampled = self.recording.num_sampled_tokens
-        if sampled >= self.limits.max_tokens:
-            raise SessionLimitError(
-                f"session {self.name} has sampled {sampled} tokens of {self.limits.max_tokens}; finish it"
-            )
+        if self._tokens_left(question) < 1:
+            sampled, most = self.recording.num_sampled_tokens, self.limits.max_tokens
+            raise SessionLimitError(f"session {self.name} has sampled {sampled} tokens of {most}; finish it")
+
+    def _tokens_left(self, question: Question) -> int:
+        """For each of its replies."""
+        return (self.limits.max_tokens - self.recording.num_sampled_tokens) // question.sampling.n
 
 
 class _Recorded:
     """An Exchange of a session."""
 
-    def __init__(self, session: Session, asked: Asked) -> None:
+    def __init__(self, session: Session, asked: Asked, left: int) -> None:
         self._session = session
         self._asked = asked
         self.known = asked.known
+        self.left: int | None = left
         self.prompt_ids: Sequence[int] = (
             self.known[0].prompt_ids if self.known else asked.prompt.token_ids if asked.prompt else ()
         )

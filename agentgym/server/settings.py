@@ -114,7 +114,7 @@ class SessionsSection(Section):
     idle_s: float = Field(default=900.0, gt=0.0)  # so does one whose agent asks nothing for so long
     group_ttl_s: float = Field(default=7200.0, gt=0.0)  # an incomplete group in which nothing is open is given up then
     max_turns: int = Field(default=1000, ge=1)
-    max_tokens: int = Field(default=1_000_000, ge=1)  # sampled ones of a session
+    max_tokens: int = Field(default=1_000_000, ge=1)  # sampled ones of a session; the last reply is cut there
     any_temperature: bool = False  # True: training sessions may sample at another temperature than rollout.temperature
 
 
@@ -212,7 +212,7 @@ class ServerSection(Section):
     api_key_file: Path | None = None  # the OpenAI surface then asks for the key in it; the trainer's API always has one
     max_body_mb: int = 16
     max_body_s: float = Field(default=30.0, gt=0.0)  # for a body to arrive
-    max_requests: int = Field(default=1024, ge=1)  # answered at once on the OpenAI surface; more get status 429
+    max_requests: int = Field(default=1024, ge=1)  # answered at once, a quarter for a session; more get status 429
     max_request_s: float = Field(default=600.0, gt=0.0)  # for one answer to be sampled
     max_connections: int = Field(default=4096, ge=1)  # open at once, whatever they do; more get status 503
     max_head_s: float = Field(default=15.0, gt=0.0)  # for a request's first line and headers to arrive

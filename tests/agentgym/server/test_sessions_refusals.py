@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from outside_agents import HELLO, agent, say
+from outside_agents import HELLO, agent, say, sessions_config
 
+from agentgym.engine.protocol import Engine
 from agentgym.server.sessions_api import AGENTS_OWN
+from agentgym.server.settings import ServiceConfig
+from agentgym.testing.scripted_engine import ScriptedEngine, forced_logits
 
 # ----------------------------------------------------------------------------------------------------- what is refused
 
@@ -57,6 +64,47 @@ def test_limits_of_a_session_are_told_by_name_and_not_retried(service):
     it.open()
     for body in ({"ttl_s": 0}, {"ttl_s": -1}, {"limits": {"max_turns": 0}}, {"seed": 2**70}, {"task": ""}, {"x": 1}):
         it.open(expect=400, **body)  # type: ignore[arg-type]
+
+
+async def lasting(config: ServiceConfig, folder: Path) -> Engine:
+    """An engine whose replies end at their limit, 20 ms a token."""
+    logits = forced_logits(64, lambda prefix: 5)
+    return ScriptedEngine(logits, max_context=config.max_context, latency_s=lambda: 0.02)
+
+
+def test_a_session_samples_no_more_tokens_than_it_may(service):
+    it = service(engine=lasting)
+    session = it.open(limits={"max_tokens": 9})
+    with agent(session) as client:
+        first = say(client, HELLO, max_tokens=50, n=2)
+        assert [choice.finish_reason for choice in first.choices] == ["length", "length"]
+        assert it.show(session)["sampled_tokens"] == 8, "four for each of two replies"
+        with pytest.raises(openai.BadRequestError, match="has sampled 8 tokens of 9; finish it"):
+            say(client, HELLO, n=2)
+        assert say(client, HELLO, max_tokens=None).choices[0].finish_reason == "length"
+    assert it.show(session)["sampled_tokens"] == 9
+
+
+def test_no_session_takes_the_places_of_the_others(start, limits):
+    server = start(config=sessions_config(), engine_factory=lasting, limits=replace(limits, max_requests=4))
+    server.client.collect(True)
+    chat = {"model": "small", "messages": HELLO, "max_tokens": 80}
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=20) as http, ThreadPoolExecutor(1) as thread:
+        one, other = (http.post("/v1/sessions", json={"task": "t"}).json() for _ in range(2))
+        own, others = ({"Authorization": f"Bearer {session['api_key']}"} for session in (one, other))
+        long = thread.submit(http.post, "/v1/chat/completions", json=chat, headers=own)
+        while not list(server.service.policy.in_flight()):
+            time.sleep(0.005)
+        refused = http.post("/v1/chat/completions", json=chat, headers=own)
+        assert refused.status_code == 429, refused.text
+        assert refused.headers["retry-after"] == "1"
+        assert "1 requests of this session run" in refused.json()["error"]["message"]
+        assert http.post("/v1/chat/completions", json=chat | {"max_tokens": 1}, headers=others).status_code == 200
+        assert not long.done()
+        assert long.result().status_code == 200
+        while server.door.running:  # its place is free again a moment after its answer
+            time.sleep(0.005)
+        assert http.post("/v1/chat/completions", json=chat | {"max_tokens": 1}, headers=own).status_code == 200
 
 
 def test_sessions_open_only_while_the_trainer_collects_and_has_room(service):
