@@ -111,8 +111,9 @@ def test_failed_and_invalid_trajectories_are_in_no_baseline() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(UnknownNameError, match="unknown advantage 'group_maen'; did you mean 'group_mean'"):
         compute_advantages("group_maen", [], [], [])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="must be finite, got nan"):
-        compute_advantages("group_mean", [1.0, math.nan], ["a", "a"], [True, True])
+    message = r"must be finite, got nan in group 'b' \(number 3 of the batch's 4\); .* invalid"
+    with pytest.raises(InputError, match=message):
+        compute_advantages("group_mean", [math.nan, 1.0, 1.0, math.nan], [*"aabb"], [False, True, True, True])
     with pytest.raises(InputError, match="of one length, got 1, 2, 2"):
         compute_advantages("group_mean", [1.0], ["a", "a"], [True, True])
 

@@ -57,8 +57,11 @@ def compute_advantages(
         )
     score = np.asarray(scores, dtype=np.float64)
     included = np.asarray(valid, dtype=bool).copy()
-    if not np.isfinite(score[included]).all():
-        raise InputError(f"a valid score must be finite, got {score[included][~np.isfinite(score[included])][0]}")
+    if (odd := np.flatnonzero(included & ~np.isfinite(score))).size:
+        raise InputError(
+            f"a valid score must be finite, got {score[odd[0]]} in group {group_ids[odd[0]]!r} (number {odd[0]} of the "
+            f"batch's {len(score)}); whoever scores must call such an episode invalid, which is in no baseline"
+        )
     values = np.zeros(len(score))
     members = _members_by_group(group_ids)
     refused, zero_variance = [], 0
