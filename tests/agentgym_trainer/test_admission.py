@@ -155,3 +155,9 @@ def test_a_models_id_is_of_what_it_computes_and_not_of_who_saved_it(tmp_path: Pa
     assert saved("turned", {"rms_norm_eps": 1e-3}) != one
     with pytest.raises(InputError, match="holds no readable config"):
         model_id(tmp_path)
+
+
+def test_a_sampled_token_without_a_version_is_an_error_and_not_called_stale() -> None:
+    batch = ragged_trajectories()
+    batch[4] = with_versions(batch[4], -1)
+    refused(learner(), batch, InputError, f"trajectory {batch[4].trajectory_id}: a sampled token has no policy version")

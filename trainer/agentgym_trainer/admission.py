@@ -73,7 +73,8 @@ def _check_models(trajectories: Sequence[ScoredSequences], own: str) -> None:
 
 
 def _oldest(trajectory: ScoredSequences, otherwise: int) -> int:
+    # A sampled token without a version is not old: `batch.collect_rows` refuses it.
     return min(
-        (v for row in trajectory.sequences for v, loss in zip(row.policy_versions, row.loss_mask) if loss),
+        (v for row in trajectory.sequences for v, loss in zip(row.policy_versions, row.loss_mask) if loss and v >= 0),
         default=otherwise,
     )
