@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import re
 import time
@@ -20,7 +21,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentgym.server.connection import Connection, ConnectionLimits
-from agentgym.server.keys import Keyring, Principal, bearer_of
+from agentgym.server.keys import ACTOR, Keyring, Principal, bearer_of
 from agentgym.server.logs import visiting
 from agentgym.server.metrics import Metrics
 from agentgym.server.openai_errors import RETRY_AFTER_S, is_trainers, refusal
@@ -165,6 +166,11 @@ class Door:
                 401, "ServiceError", "this needs the header 'Authorization: Bearer KEY'", "invalid_api_key",
                 www_authenticate="Bearer",
             )  # fmt: skip
+        if principal == ACTOR and self._keyring.keys.openai is None and not _names_no_domain(headers.get(b"host", b"")):
+            raise _Refused(
+                403, "ServiceError", "without server.api_key_file this server is asked as localhost or by its address",
+                "forbidden_host",
+            )  # fmt: skip
         if principal.role == "session" and not path.startswith("/v1/"):
             raise _Refused(403, "ServiceError", "a session's key is for its session alone", "forbidden")
         return principal
@@ -295,6 +301,19 @@ class _Sender:
                 sent()
         if last:  # at once: the caller has its answer, and its next request must find everything put away
             await self._visit.after.aclose()
+
+
+def _names_no_domain(host: bytes) -> bool:
+    """Whether a Host header is what nobody can register. A page in a browser may have its own domain point here (DNS
+    rebinding), and could then do whatever needs no key."""
+    name = host.decode("latin-1").partition(":")[0].rstrip(".").lower()
+    if host.startswith(b"[") or "." not in name or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _ending() -> _Refused:

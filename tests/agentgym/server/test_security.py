@@ -78,6 +78,30 @@ def test_no_key_is_asked_for_on_loopback_but_the_trainer_s(server: Any) -> None:
     assert httpx.get(f"{server.url}/v1/models", headers=bearer("ags-of-an-ended-session")).status_code == 401
 
 
+def test_without_a_key_no_web_page_s_domain_is_a_name_of_this_server(start: Callable[..., Any]) -> None:
+    """A browser lets a page ask its own domain, wherever the page has that point to."""
+    server = start()
+    with httpx.Client(base_url=server.url, trust_env=False) as http:
+        for host in ("localhost:80", "LocalHost.", "127.0.0.1", "[::1]:80", "agentgym", "app.localhost", ""):
+            assert http.get("/v1/models", headers={"Host": host}).status_code == 200, host
+        for host in (
+            "evil.example",
+            "evil.example:80",
+            "evil.example.",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+        ):
+            refused = http.post("/v1/sessions", json={"task": "t"}, headers={"Host": host})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden_host"), host
+        session = http.post("/v1/sessions", json={"task": "t"}).json()
+        secret = {"Host": "evil.example", **bearer(session["api_key"])}  # who knows a key is no stranger's page
+        assert http.get("/v1/models", headers=secret).status_code == 200
+        assert http.get("/health", headers={"Host": "evil.example"}).status_code == 200
+    locked = start(openai_key=ACTING)
+    named = {"Host": "rollouts.example", **bearer(ACTING)}
+    assert httpx.get(f"{locked.url}/v1/models", headers=named, trust_env=False).status_code == 200
+
+
 def test_health_policy_and_figures(start: Callable[..., Any]) -> None:
     server = start()
     with httpx.Client(base_url=server.url, trust_env=False) as http:
