@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -356,7 +357,7 @@ class Seat:
         await self._empty()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+        task = asyncio.create_task(work, context=Context())  # nothing of the request that happened to notice first
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
