@@ -118,6 +118,10 @@ class SessionsSection(Section):
     any_temperature: bool = False  # True: training sessions may sample at another temperature than rollout.temperature
 
 
+_OF_STARTED = ("replicas", "vllm_python", "vllm_args", "vllm_kv_cache_gb")
+_OF_VLLM = (*_OF_STARTED, "max_lora_rank", "vllm_urls", "vllm_start_s")
+
+
 class EngineSection(Section):
     """The inference engine: the torch engine in this distribution, or stock vLLM servers, started here or elsewhere."""
 
@@ -153,19 +157,20 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> EngineSection:
-        of_vllm = (self.max_lora_rank, self.vllm_urls, self.vllm_args, self.vllm_python)
-        if self.kind == "torch" and (self.replicas > 1 or any(of_vllm)):
-            raise ValueError(
-                "replicas, max_lora_rank, vllm_urls, vllm_args and vllm_python are of kind = 'vllm'; set it, or drop "
-                "them"
-            )
+        if self.kind == "torch" and (named := self._given(_OF_VLLM)):
+            raise ValueError(f"only kind = 'vllm' has {named}; set it, or leave that out")
         if self.kind == "vllm" and self.in_process:
             raise ValueError("in_process is of kind = 'torch': vLLM always runs in processes of its own")
-        if self.vllm_urls and (self.vllm_python or self.vllm_args or self.replicas > 1):
+        if self.vllm_urls and (named := self._given(_OF_STARTED)):
             raise ValueError(
-                "vllm_urls names servers that run; vllm_python, vllm_args and replicas are for started ones"
+                f"vllm_urls names servers that run, and only one that is started here has {named}; leave that out"
             )
         return self
+
+    def _given(self, names: tuple[str, ...]) -> str:
+        """Those of them that are not as by default; a run's stored configuration names all."""
+        fields = type(self).model_fields
+        return ", ".join(name for name in names if getattr(self, name) != fields[name].default)
 
 
 class SandboxSection(Section):

@@ -102,7 +102,7 @@ def test_eval_is_repeatable_and_its_seed_matters() -> None:
         (("eval", "maze", "--policy", "openai:http://x#y", "--key-file", "none"), "cannot read the API key from none"),
         (("serve", "a.toml", "b.toml"), "one configuration file at most, got a.toml and b.toml"),
         (("serve", "--model", "tiny"), "env"),
-        (("serve", "--env", "maze", "--replicas", "2"), "are of kind = 'vllm'"),
+        (("serve", "--env", "maze", "--replicas", "2"), "only kind = 'vllm' has replicas"),
         (("train", "none.toml"), "error: cannot read the configuration none.toml: No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -22,6 +22,7 @@ def test_the_defaults_are_a_run() -> None:
     assert (config.rollout.group_size, config.rollout.max_staleness, config.server.host) == (8, 2, "127.0.0.1")
     assert config.max_context == config.rollout.max_episode_tokens
     assert config_of(engine={"max_context": 4096}).max_context == 4096
+    assert config_of(engine={"vllm_kv_cache_gb": 1, "vllm_start_s": 600.0}).engine.kind == "torch"  # as it is stored
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,12 @@ def test_the_defaults_are_a_run() -> None:
         ({"engine": {"max_context": 64}}, r"engine.max_context must be >= rollout.max_episode_tokens \(2048\), got 64"),
         ({"engine": {"kind": "torhc"}}, "engine.kind"),
         ({"engine": {"dtype": "float16"}}, "engine.dtype"),
+        ({"engine": {"vllm_kv_cache_gb": 2}}, "only kind = 'vllm' has vllm_kv_cache_gb; set it, or leave that out"),
+        ({"engine": {"vllm_start_s": 60, "replicas": 2}}, "only kind = 'vllm' has replicas, vllm_start_s"),
+        (
+            {"engine": {"kind": "vllm", "vllm_urls": ["http://a:1"], "vllm_kv_cache_gb": 2}},
+            "only one that is started here has vllm_kv_cache_gb",
+        ),
         ({"server": {"port": 70000}}, "server.port: must be 0 to 65535, got 70000"),
         ({"server": {"max_requests": 0}}, "server.max_requests"),
         ({"server": {"max_body_s": 0.0}}, "server.max_body_s"),
