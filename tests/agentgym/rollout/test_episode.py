@@ -272,7 +272,7 @@ def test_blocking_environments_run_in_threads_side_by_side(renderer: ChatTemplat
     made: list[Blocks] = []
 
     def make() -> Blocks:
-        made.append(Blocks(0.15))
+        made.append(Blocks(0.5))
         return made[-1]
 
     environments = pool_of(make)
@@ -284,7 +284,7 @@ def test_blocking_environments_run_in_threads_side_by_side(renderer: ChatTemplat
 
     began = time.monotonic()
     assert {t.status for t in asyncio.run(four())} == {EpisodeStatus.TERMINATED}
-    assert time.monotonic() - began < 4 * 2 * 0.15
+    assert time.monotonic() - began < 4 * 2 * 0.5
     threads = {name for env in made for name in env.threads}
     assert all(name.startswith("environment") for name in threads)
 

@@ -344,7 +344,7 @@ def test_no_daemon_is_said_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
         UnavailableError, match=r"no Docker daemon answers at unix:///nonexistent.*sandbox\.tier=namespace"
     ):
         open_sandbox("docker", SandboxSpec())
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_nothing_stays_of_a_box_that_could_not_start(client: docker.DockerClient, nothing_stays: None) -> None:

@@ -158,7 +158,7 @@ def test_the_deadline_ends_everything_but_pid_1(box: Sandbox) -> None:
         started = time.monotonic()
         with pytest.raises(SandboxTimeoutError, match=f"sandbox {box.name}: .*passed its deadline of 0.4 s"):
             box.exec(command, timeout_s=0.4)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 30
     assert b"300" not in box.exec("cat /proc/[0-9]*/cmdline").stdout
     assert box.exec("echo alive").text == "alive\n"
 

