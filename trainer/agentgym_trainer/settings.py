@@ -70,7 +70,7 @@ class TrainerSection(Section):
     steps: int = Field(default=100, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0.0, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)  # optimizer steps, of which a batch has updates_per_batch
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, gt=0.0)

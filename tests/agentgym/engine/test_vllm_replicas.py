@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,35 @@ def test_a_replica_that_fails_to_load_is_taken_out_and_never_serves_what_is_old(
             assert policy.policy_version == 1
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_comeback_is_logged_under_nobodys_request(model_of) -> None:
+    """The service's log adds whose request a line is about, from a context that every task inherits."""
+    whose: ContextVar[str | None] = ContextVar("whose", default=None)
+    heard: list[tuple[str, str | None]] = []
+
+    class Hears(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append((record.getMessage(), whose.get()))
+
+    async def main() -> None:
+        async with house(model_of("llama")[0]) as (engine, _):
+            whose.set("req-1")
+            engine.seats[1].lose("it went away")
+            while engine.replicas()[1].restarts < 1:
+                await asyncio.sleep(0.005)
+
+    log, hears = logging.getLogger("agentgym.engine.vllm_seat"), Hears()
+    before = log.level
+    log.addHandler(hears)
+    log.setLevel(logging.INFO)
+    try:
+        asyncio.run(asyncio.wait_for(main(), 30))
+    finally:
+        log.removeHandler(hears)
+        log.setLevel(before)
+    assert [who for said, who in heard if "is taken out" in said] == ["req-1"]  # by whoever noticed
+    assert [who for said, who in heard if "serves version" in said][-1] is None
 
 
 def test_a_replica_that_comes_back_as_another_model_stays_out_and_says_so(model_of) -> None:
