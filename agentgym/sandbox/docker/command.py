@@ -16,6 +16,9 @@ from agentgym.sandbox.socket_channel import SocketChannel
 from agentgym.sandbox.worker_client import GRACE_S
 
 SLICE_S = 0.25  # how often a silent command is asked after: a background child may hold its output open
+# What a command wrote comes later than its end where the daemon is far or busy. So its output is over when nothing has
+# come for this long after its end; only a command whose child keeps its output open is waited for in vain.
+LULL_S = 2.0
 KILLED = 128 + 9
 # TLS cannot be closed in one direction only, so there the end of the input is counted
 COUNTED = """
@@ -54,8 +57,11 @@ class DockerCommand:
             if not isinstance(self._stream, ssl.SSLSocket):
                 self._stream.shutdown(socket.SHUT_WR)
 
-    def output(self, until: float) -> Iterator[tuple[int, bytes]]:
-        """(1 for stdout, 2 for stderr; bytes) until it has ended. TimeoutError: `until` came first."""
+    def output(self, until: float, lull_s: float = LULL_S) -> Iterator[tuple[int, bytes]]:
+        """(1 for stdout, 2 for stderr; bytes) until it has ended and all of that has come, or nothing more for `lull_s`
+        after its end. TimeoutError: `until` came first. OSError: the connection was lost within its output."""
+        ended = False
+        last = time.monotonic()  # when something was last seen: bytes, or its end
         while True:
             while len(self._received) >= STREAM_FRAME.size:
                 stream, size = STREAM_FRAME.unpack_from(self._received)
@@ -69,12 +75,17 @@ class DockerCommand:
             try:
                 data = self._channel.receive(min(until, now + SLICE_S))
             except TimeoutError:
-                if not self._api.exec_inspect(self._id)["Running"]:
+                if not ended and not self._api.exec_inspect(self._id)["Running"]:
+                    ended, last = True, time.monotonic()
+                if ended and time.monotonic() - last >= lull_s:
                     return
                 continue
+            if not data and self._received:
+                raise OSError("the connection to the daemon ended within a frame")
             if not data:
                 return
             self._received += data
+            last = time.monotonic()
 
     def exit_code(self) -> int:
         """What it ended with; a signal that killed it shows as 128 and its number, like in a shell."""

@@ -7,6 +7,7 @@ It waits for the beats of its owner and ends the box with the end of its input, 
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -34,7 +35,7 @@ from agentgym.sandbox.box import (
     outermost,
     warn_of_relaxations,
 )
-from agentgym.sandbox.docker.command import DockerCommand
+from agentgym.sandbox.docker.command import LULL_S, DockerCommand
 from agentgym.sandbox.docker.container import Container, NoPythonError
 from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
 from agentgym.sandbox.docker.promises import check_promises
@@ -67,11 +68,24 @@ size=$(wc -c < "$1" 2>/dev/null)
 [ "${size:-0}" -le "$2" ] || exit 93
 exec cat -- "$1"
 """
-WRITE = '[ ! -e "$1" ] || [ -f "$1" ] || exit 92; cat > "$1"'
+# what comes before a mark that nothing in the box can guess came whole, however its connection ended
+WHOLE = 'mark=$1; shift; "$@" && printf %s "$mark"'
+WRITE = """
+[ ! -e "$1" ] || [ -f "$1" ] || exit 92
+cat > "$1" || exit 1
+size=$(wc -c < "$1" 2>/dev/null)
+[ "${size:-$2}" -ge "$2" ] || exit 94
+"""
 CALL_S = 60.0  # for reading, writing and moving files
 FULL = ("No space left", "File too large", "quota exceeded")
 TOO_LARGE = 93
-CODES = {91: "there is no such file", 92: "it is not a regular file", TOO_LARGE: "it is larger than a file may be"}
+LOST = 126  # what the daemon notes, too, where a command's connection ended before its output did
+CODES = {
+    91: "there is no such file",
+    92: "it is not a regular file",
+    TOO_LARGE: "it is larger than a file may be",
+    94: "only a part of it arrived, or something in the box cut it short",
+}
 
 
 class DockerExecSandbox:
@@ -142,7 +156,7 @@ class DockerExecSandbox:
             )
         with self._lock:
             self._not_frozen("write_file")
-            self._feed(["sh", "-c", WRITE, "sh", path], data, path)
+            self._feed(["sh", "-c", WRITE, "sh", path, str(len(data))], data, path)
 
     def put(self, source: Archive | Mapping[str, bytes | str] | Path, path: str = WORK_DIRECTORY) -> None:
         archive = source
@@ -257,6 +271,7 @@ class DockerExecSandbox:
         timeout_s: float,
         out: Callable[[bytes], None],
         err: Callable[[bytes], None],
+        lull_s: float = LULL_S,
     ) -> tuple[int, float]:
         """Runs argv in the box until it has ended or the deadline has come: (exit code, seconds)."""
         if self._gone is not None:
@@ -267,7 +282,7 @@ class DockerExecSandbox:
         except FAILURES as error:
             raise self._died(error) from error
         try:
-            for stream, data in command.output(started + timeout_s):
+            for stream, data in command.output(started + timeout_s, lull_s):
                 (out if stream == 1 else err)(data)
             code = command.exit_code()
             if self._gone is not None:
@@ -292,16 +307,20 @@ class DockerExecSandbox:
     def _read(self, argv: Sequence[str], path: str, limit: int) -> bytes:
         """What a command of ours prints, all of it."""
         data, said = bytearray(), Capture(4096)
+        mark = secrets.token_hex(16)
 
         def keep(more: bytes) -> None:
-            if len(data) + len(more) > limit:
+            if len(data) + len(more) > limit + len(mark):
                 raise SandboxLimitError(f"sandbox {self.name}: {path!r} is larger than {limit} bytes")
             data.extend(more)
 
+        wrapped = ["sh", "-c", WHOLE, "sh", mark, *argv]
         with self._lock:
-            code, _ = self._run(argv, argv[:1], b"", CALL_S, keep, said.add)
+            code, _ = self._run(wrapped, argv[:1], b"", CALL_S, keep, said.add, math.inf)
+        if code in (0, LOST) and not data.endswith(mark.encode()) and not said.result()[0]:
+            raise self._died(OSError("the connection ended before all of it had come"))
         self._check(code, said, path)
-        return bytes(data)
+        return bytes(data[: -len(mark)])
 
     def _feed(self, argv: Sequence[str], data: bytes, path: str) -> None:
         said = Capture(4096)

@@ -122,6 +122,18 @@ def test_files(box: Sandbox) -> None:
     box.exec("rm -f /work/* /tmp/*")
 
 
+def test_a_file_that_arrived_in_part_is_an_error(image: str) -> None:
+    with open_sandbox("docker", SandboxSpec(image=image)) as box:
+        box.exec("(while :; do : > large; done) >/dev/null 2>&1 & sleep 0.2")
+
+        def write_often() -> None:
+            for _ in range(20):
+                box.write_file("large", bytes(1_000_000))
+
+        with pytest.raises(SandboxError, match="'large': only a part of it arrived, or something in the box cut it"):
+            write_often()
+
+
 def test_trees_freeze_and_fork(box: Sandbox) -> None:
     box.put({"in/a.txt": "a", "in/b": b"\x00"})
     assert box.exec("cat in/a.txt; ls in").text == "aa.txt\nb\n"

@@ -22,6 +22,7 @@ import pytest
 
 from agentgym.errors import SandboxDiedError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, choose_tier, open_sandbox
+from agentgym.sandbox.docker.container import STREAM_FRAME
 from agentgym.sandbox.docker.exec_tier import DockerExecSandbox
 from agentgym.sandbox.docker.host import DockerHost, connect, disconnect
 from agentgym.sandbox.spec import Sandbox
@@ -38,6 +39,8 @@ class Relay:
         self._pairs: list[socket.socket] = []
         self._flows = threading.Event()
         self._flows.set()
+        # asked with all that came from the daemon on a connection: how many of these bytes pass before it is cut
+        self.passes: Callable[[bytearray], int] = len
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -58,13 +61,14 @@ class Relay:
         far.connect(OWN)
         self._pairs += [near, far]
         lock = threading.Lock()
-        threading.Thread(target=self._pump, args=(far, near, lock), daemon=True).start()
+        threading.Thread(target=self._pump, args=(far, near, lock, True), daemon=True).start()
         self._pump(near, far, lock)
 
-    def _pump(self, source: socket.socket, target: socket.socket, lock: threading.Lock) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, lock: threading.Lock, back: bool = False) -> None:
         """OpenSSL cannot read and write at the same time, so a TLS end is never left waiting inside a read."""
         secure = isinstance(source, ssl.SSLSocket)
         source.settimeout(0.02 if secure else None)
+        came, passed = bytearray(), 0
         with contextlib.suppress(OSError, ValueError):
             while True:
                 try:
@@ -76,10 +80,16 @@ class Relay:
                 self._flows.wait()
                 if not data:
                     break
+                came += data
+                may_pass = self.passes(came) if back else len(came)
+                data = bytes(came[passed:may_pass])
+                passed = len(came)
                 with lock if isinstance(target, ssl.SSLSocket) else contextlib.nullcontext():
                     target.settimeout(None)
                     target.sendall(data)
                     target.settimeout(0.02 if isinstance(target, ssl.SSLSocket) else None)
+                if may_pass < passed:
+                    break
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR) if secure or end is source else end.shutdown(socket.SHUT_WR)
@@ -196,6 +206,55 @@ def test_a_network_that_the_runtime_does_not_give_is_refused() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- hangs and deaths
+
+
+@pytest.mark.docker
+def test_output_that_comes_long_after_the_end_of_its_command_is_waited_for(relay: tuple[DockerHost, Relay]) -> None:
+    host, between = relay
+    held = threading.Event()
+
+    def hold_once(came: bytearray) -> int:
+        """A busy line: what comes after the first 10 kB of an answer comes a second late."""
+        if len(came) > 10_000 and not held.is_set():
+            held.set()
+            time.sleep(1.0)
+        return len(came)
+
+    data = os.urandom(200_000)
+    with DockerExecSandbox(SandboxSpec(output_limit=4_000_000), host) as box:
+        box.write_file("large", data)
+        between.passes = hold_once
+        assert box.exec("cat large").stdout == data
+        assert held.is_set()
+        held.clear()
+        assert box.read_file("large") == data
+        assert held.is_set()
+
+
+def after_two_frames(came: bytearray) -> int:
+    """Where the second frame of an attached connection's output ends; all of what is none."""
+    head = came.find(b"\r\n\r\n") + 4
+    if b"101 UPGRADED" not in came[:head]:
+        return len(came)
+    end = head
+    for _ in range(2):
+        if len(came) < end + STREAM_FRAME.size:
+            return len(came)
+        end += STREAM_FRAME.size + STREAM_FRAME.unpack_from(came, end)[1]
+    return min(end, len(came))
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("beyond", [0, 100], ids=["between frames", "within a frame"])
+def test_a_file_whose_end_was_lost_on_the_way_is_not_a_shorter_file(
+    relay: tuple[DockerHost, Relay], beyond: int
+) -> None:
+    host, between = relay
+    with DockerExecSandbox(SandboxSpec(), host) as box:
+        box.write_file("large", bytes(400_000))
+        between.passes = lambda came: min(after_two_frames(came) + beyond, len(came))
+        with pytest.raises(SandboxDiedError, match=rf"{box.name} died: .*\blost"):
+            box.read_file("large")
 
 
 def test_a_daemon_that_never_answers_is_not_waited_for() -> None:
