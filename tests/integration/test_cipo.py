@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from agentgym.rollout.correction import COMPONENT
 from agentgym.rollout.store import read_trajectories, step_file
 from agentgym.trajectory import Trajectory
@@ -29,6 +31,8 @@ def revisions_of(folder: Path, steps: range) -> list[Trajectory]:
     return [t for step in steps for t in read_trajectories(step_file(folder, step)) if t.group_id.startswith("c-")]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_trains_on_corrections_beside_plain_groups_and_resumes(tmp_path: Path) -> None:
     train(
         QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=4", "trainer.checkpoint_every=2", "evaluation.episodes=0",

@@ -108,6 +108,8 @@ def start(small_lab: list[str], out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_lab_leaves_nobody_computing_and_goes_on_where_it_was(small_lab, tmp_path) -> None:
     cells = tmp_path / "cells"
     first = start(small_lab, tmp_path)

@@ -88,6 +88,7 @@ def server(folders: tuple[Path, Path, Path], vllm_python: Path, tmp_path_factory
             process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_raw_logprobs_and_then_a_prefix_cache_that_outlived_its_weights(
     server: str, folders: tuple[Path, Path, Path]
