@@ -119,6 +119,7 @@ class Door:
         visit = Visit(scope["method"])
         sender = _Sender(visit, send)
         with visiting(visit):
+            visit.after.callback(self._end, visit, scope)  # the last of all that is put away
             try:
                 await self._visit(visit, scope, receive, sender)
             except _Refused as refused:
@@ -132,8 +133,6 @@ class Door:
                     raise
             finally:
                 await visit.after.aclose()
-                self._leave(visit)
-                self._note(visit, scope)
 
     async def _visit(self, visit: Visit, scope: Scope, receive: Receive, sender: _Sender) -> None:
         path: str = scope["path"]
@@ -200,6 +199,10 @@ class Door:
             self._of_session[session_id] += 1
         self._running[visit.request_id] = visit
         self._idle.clear()
+
+    def _end(self, visit: Visit, scope: Scope) -> None:
+        self._leave(visit)
+        self._note(visit, scope)
 
     def _leave(self, visit: Visit) -> None:
         if self._running.pop(visit.request_id, None) is None:
@@ -299,7 +302,7 @@ class _Sender:
         if last and self._visit.status < 400 and not self._visit.failed:
             for sent in self._visit.when_sent:
                 sent()
-        if last:  # at once: the caller has its answer, and its next request must find everything put away
+        if last:  # at once: the caller has its answer; its next request must find all put away, counted, its place free
             await self._visit.after.aclose()
 
 
