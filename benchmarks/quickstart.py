@@ -79,6 +79,7 @@ class MemorySampler:
         self._pid = pid
         self._every_s = every_s
         self._peak = 0
+        self.samples = 0  # taken so far
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -104,5 +105,6 @@ class MemorySampler:
             except psutil.NoSuchProcess:
                 return
             self._peak = max(self._peak, total)
+            self.samples += 1
             if self._ended.wait(self._every_s):
                 return

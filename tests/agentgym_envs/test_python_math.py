@@ -178,11 +178,13 @@ class Fickle:
         self.failures: list[SandboxError | None] = []
         self.opened: list[Sandbox] = []
         self.expected: list[SandboxSpec] = []
+        self.asked = threading.Event()
         self.may_open = threading.Event()
         self.may_open.set()
 
     def open(self, spec: SandboxSpec | None = None) -> Sandbox:
-        self.may_open.wait(20)
+        self.asked.set()
+        assert self.may_open.wait(200)
         if self.failures and (failure := self.failures.pop(0)):
             raise failure
         self.opened.append(self._source.open(spec))
@@ -269,9 +271,10 @@ def test_an_environment_that_was_closed_while_its_box_was_opened_keeps_none(fick
 
     thread = threading.Thread(target=late)
     thread.start()
+    assert boxes.asked.wait(200)
     fickle.close()
     boxes.may_open.set()
-    thread.join(20)
+    thread.join(200)
     assert "the episode ended" in str(failures[0])
     assert fickle._box is None
     with pytest.raises(SandboxDiedError):

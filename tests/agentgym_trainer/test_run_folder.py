@@ -1,6 +1,7 @@
 """A run folder is written whole, never over another run, and cut back on resume."""
 
 import json
+import os
 
 import pytest
 
@@ -50,6 +51,20 @@ def test_steps_that_are_done_again_leave_the_metrics(tmp_path):
         folder.log_metrics(step, {"x": float(step)})
     folder.forget_metrics_from(2)
     assert [json.loads(line)["step"] for line in folder.metrics_path.read_text().splitlines()] == [1]
+
+
+def test_a_line_that_a_killed_run_cut_short_is_none(tmp_path):
+    folder = RunFolder.create(config(tmp_path))
+    for path, log in ((folder.metrics_path, folder.log_metrics), (folder.evaluations_path, folder.log_evaluation)):
+        log(1, {"x": 1.0})
+        whole = path.read_text()
+        log(2, {"x": 2.0})
+        for length in range(len(whole) + 1, 2 * len(whole)):
+            os.truncate(path, length)
+            assert folder.evaluations() in ([], [{"step": 1, "x": 1.0}])
+            folder.forget_metrics_from(5)
+            assert path.read_text() == whole
+            log(2, {"x": 2.0})
 
 
 def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):

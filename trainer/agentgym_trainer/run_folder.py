@@ -86,16 +86,13 @@ class RunFolder:
 
     def evaluations(self) -> list[dict[str, float]]:
         """Every held-out evaluation of the run, those before a resume included, oldest first."""
-        if not self.evaluations_path.exists():
-            return []
-        return [json.loads(line) for line in self.evaluations_path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in _lines(self.evaluations_path)] if self.evaluations_path.exists() else []
 
     def forget_metrics_from(self, step: int) -> None:
-        """Cuts the lines of steps that a resumed run does again."""
+        """Cuts the lines of steps that a resumed run does again, and what a killed one left of a line."""
         for path in (self.metrics_path, self.evaluations_path):
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                self._write(path, "".join(line for line in lines if json.loads(line)["step"] < step))
+                self._write(path, "".join(line for line in _lines(path) if json.loads(line)["step"] < step))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write(self.summary_path, json.dumps(summary, indent=2) + "\n")
@@ -117,6 +114,11 @@ def _append(path: Path, step: int, figures: Mapping[str, float]) -> None:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines. The last may be cut short: a run that is killed while it writes leaves some pages of it."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _free_name(path: Path) -> Path:

@@ -132,7 +132,8 @@ def run_cells(folder: LabFolder, cells: Sequence[Cell], jobs: int, done: Callabl
     if not waiting:
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(waiting)), spawn, initializer=_begin_worker)
+    jobs = min(jobs, len(waiting))
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         runs = {pool.submit(_work, configs[cell], cell, folder.conditions): cell for cell in waiting}
         for run in concurrent.futures.as_completed(runs):
@@ -195,13 +196,12 @@ def _work(config: TrainConfig, cell: Cell, conditions: Conditions) -> tuple[dict
         return None, f"{type(error).__name__}: {error}"
 
 
-def _begin_worker() -> None:
+def _begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the lab decides
     use_one_core()
     disable_progress_bar()
-    parent = os.getppid()
 
-    def follow() -> None:  # a lab that was killed leaves nobody computing
+    def follow() -> None:  # a lab that was killed, be it before its worker got here, leaves nobody computing
         while os.getppid() == parent:
             time.sleep(1.0)
         os._exit(1)
