@@ -202,9 +202,11 @@ class VersionLog(VersionReader):
             partial.rename(target)
             _sync(self.folder)
             changed, delta_bytes = (1.0, 0) if before is None else self._link(before, version, weights, metadata)
-        except OSError as error:
-            for left in (target, *self.folder.glob("*.partial")):
+        except BaseException as error:  # Ctrl-C, too: what is not in the log is not left beside it
+            for left in (target, *self.folder.glob(f"*-{version:08d}.delta"), *self.folder.glob("*.partial")):
                 left.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(f"policy version {version} cannot be written to {self.folder}: {error}") from error
         self._versions.add(version)
         self._drop_unheld()

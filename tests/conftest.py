@@ -123,7 +123,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("ci" if in_ci() else "dev")
-    if hasattr(config, "workerinput"):  # workers of xdist ignore Ctrl-C, and what tests start would inherit that
+    # workers of xdist ignore Ctrl-C, as does what a shell runs behind its back, and what tests start would inherit that
+    if hasattr(config, "workerinput") or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

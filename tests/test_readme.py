@@ -54,7 +54,7 @@ def test_the_environment_plays(readme_environment: Path) -> None:
     command = next(line for line in commands() if line.startswith("agentgym eval my_env.py"))
     arguments = [*shlex.split(command)[1:], "--episodes", "20", "--json"]
     result = subprocess.run(
-        [*AGENTGYM, *arguments], capture_output=True, text=True, cwd=readme_environment, timeout=120
+        [*AGENTGYM, *arguments], capture_output=True, text=True, cwd=readme_environment, timeout=280
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["mean_reward"] == 1.0

@@ -1,5 +1,6 @@
 """Law E for the version log: numbers are never reused, held versions never dropped, memory bounded by live versions."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -330,6 +331,36 @@ def test_killed_between_any_two_writes_nothing_announced_is_lost(tmp_path, calls
         assert_holds(log, version, drifting(5)[version])
     assert log.append(drifting(1)[0]) > max(announced, default=-1)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("calls", range(9))
+def test_ctrl_c_within_a_publication_leaves_what_was_there_before(tmp_path, monkeypatch, calls):
+    """It comes at the n-th rename or fsync."""
+    history = drifting(4)
+    log = filled(tmp_path, history[:3])
+    log.hold("test", log.versions)
+    before = {path.name for path in tmp_path.iterdir()}
+    left = calls
+
+    def interrupted(real):
+        def call(*arguments):
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        return call
+
+    for name in ("rename", "fsync"):
+        monkeypatch.setattr(os, name, interrupted(getattr(os, name)))
+    with pytest.raises(KeyboardInterrupt):
+        log.append(history[3])
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == before
+    last = log.append(history[3])
+    for version, weights in zip((0, 1, 2, last), history, strict=True):
+        assert_holds(VersionReader(tmp_path), version, weights)
 
 
 class Chain(RuleBasedStateMachine):

@@ -53,15 +53,22 @@ def test_an_unfinished_checkpoint_is_not_listed_and_old_ones_are_removed(tmp_pat
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 
 
-def test_a_disk_that_refuses_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "seen", "said"),
+    [
+        (OSError(28, "No space left on device"), CheckpointError, "step-000002 cannot be written"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_disk_that_refuses_and_ctrl_c_leave_the_checkpoint_before(tmp_path, monkeypatch, raised, seen, said):
     accelerator, _ = learner(1)
     save_checkpoint(accelerator, tmp_path, Progress(1, 1, {}, 0.0), {}, keep=2)
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise raised
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="step-000002 cannot be written"):
+    with pytest.raises(seen, match=said):
         save_checkpoint(accelerator, tmp_path, Progress(2, 2, {}, 0.0), {}, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 

@@ -67,6 +67,19 @@ def test_a_line_that_a_killed_run_cut_short_is_none(tmp_path):
             log(2, {"x": 2.0})
 
 
+def test_ctrl_c_leaves_no_half_file(tmp_path, monkeypatch):
+    folder = RunFolder.create(config(tmp_path))
+    before = sorted(folder.path.iterdir())
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.write_summary({"steps": 1})
+    assert sorted(folder.path.iterdir()) == before
+
+
 def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no config\.toml"):
         RunFolder.existing(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.timeout(600)
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 FEW = (
     "rollout.group_size=4", "rollout.groups_per_step=4", "rollout.in_flight=24", "engine.slots=24",
@@ -23,7 +24,7 @@ ROUNDED = (
 
 def train(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
     command = [sys.executable, "-m", "agentgym.cli", "train", str(QUICKSTART), f"run.dir={folder}", *FEW, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert "Traceback" not in done.stderr
     metrics = folder / "quickstart" / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []

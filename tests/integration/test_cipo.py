@@ -18,7 +18,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 
 def train(target: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "agentgym.cli", "train", str(target), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -32,6 +32,7 @@ def revisions_of(folder: Path, steps: range) -> list[Trajectory]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two runs
 @pytest.mark.timeout(600)
 def test_a_run_trains_on_corrections_beside_plain_groups_and_resumes(tmp_path: Path) -> None:
     train(

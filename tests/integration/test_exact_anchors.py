@@ -1,6 +1,8 @@
 """The exact anchors in real runs: service, engine process, HTTP, scorer process, versions, publications."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.timeout(600)
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 FEW = (
     "trainer.steps=5", "rollout.group_size=4", "rollout.groups_per_step=4", "rollout.in_flight=24", "engine.slots=24",
@@ -15,12 +18,24 @@ FEW = (
 )  # fmt: skip
 
 
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those that were told the run folder, and those that write a log into it, as the scorer does."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        told = any(str(folder) in part for part in process.info["cmdline"] or ())
+        with contextlib.suppress(OSError):  # it has ended
+            told = told or str(folder) in os.readlink(f"/proc/{process.pid}/fd/1")
+        if told:
+            found.append(process)
+    return found
+
+
 @pytest.mark.parametrize("anchor", ["snapshot", "interrupt", "old_logit_model"])
 def test_every_old_logprob_is_that_of_its_own_version(tmp_path, anchor):
     done = subprocess.run(
         [sys.executable, "-m", "agentgym.cli", "train", str(QUICKSTART), f"run.dir={tmp_path}", *FEW,
          f"trainer.anchor={anchor}", "rollout.max_staleness=2"],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     folder = tmp_path / "quickstart"
@@ -42,9 +57,7 @@ def test_every_old_logprob_is_that_of_its_own_version(tmp_path, anchor):
     if anchor == "old_logit_model":
         assert rows[-1]["anchor/scorer_restarts"] == 0
         assert sum(row["anchor/recorded_tokens"] for row in rows) > 0
-    left = [p for p in psutil.process_iter(["cmdline"]) if any(str(folder) in part for part in p.info["cmdline"] or ())]
-    assert left == []
-    assert not [p for p in psutil.Process().children(recursive=True) if "scorer_process" in " ".join(p.cmdline())]
+    assert processes_of(folder) == []
 
 
 @pytest.mark.slow
@@ -53,7 +66,7 @@ def test_two_ranks_share_the_work_of_an_interruption(tmp_path):
         [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "agentgym_trainer",
          str(QUICKSTART), f"run.dir={tmp_path}", *FEW, "trainer.anchor=interrupt"],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.timeout(900)  # two runs
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 SMALL = (
     "rollout.groups_per_step=4", "rollout.in_flight=32", "engine.slots=32", "evaluation.episodes=0",
@@ -20,7 +22,7 @@ SMALL = (
 
 def run(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "agentgym.cli", "train", *arguments], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "agentgym.cli", "train", *arguments], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
@@ -63,7 +65,7 @@ def test_targets_that_the_model_has_not_end_the_run_before_any_work(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "agentgym.cli", "train", str(QUICKSTART), f"run.dir={tmp_path / 'runs'}",
          "trainer.lora.rank=4", 'trainer.lora.target_modules=["query"]'],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 2
     assert "names 'query', which the model has not; its linear layers are" in " ".join(done.stderr.split())

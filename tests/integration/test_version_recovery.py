@@ -15,6 +15,7 @@ FEW = ("rollout.groups_per_step=8", "rollout.in_flight=48", "engine.slots=48")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two runs
 def test_a_trainer_that_comes_after_a_killed_one_scores_its_tokens_exactly(tmp_path):
     program = [sys.executable, "-m", "agentgym.cli"]
     served = tmp_path / "served"
@@ -34,23 +35,23 @@ def test_a_trainer_that_comes_after_a_killed_one_scores_its_tokens_exactly(tmp_p
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         figures = tmp_path / "killed" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not figures.exists() or len(figures.read_text().splitlines()) < 4:
-            assert time.monotonic() < deadline, "no four steps within 120 s"
+        deadline = time.monotonic() + 400
+        while not figures.exists() or figures.read_text().count("\n") < 4:
+            assert time.monotonic() < deadline, "no four steps within 400 s"
             assert killed.poll() is None, "the trainer ended by itself"
             time.sleep(0.05)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         done = subprocess.run(
             [*program, "train", str(QUICKSTART), *sections, "run.name=next", "trainer.steps=2"],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
     finally:
         service.send_signal(signal.SIGINT)
-        service.wait(30)
+        service.wait(200)
     rows = [json.loads(line) for line in (tmp_path / "next" / "metrics.jsonl").read_text().splitlines()]
-    before = json.loads(figures.read_text().splitlines()[-1])["policy_version"]
+    before = json.loads(figures.read_text().split("\n")[-2])["policy_version"]  # the kill may cut one short behind it
     first = rows[0]
     assert first["policy_version"] - 1 > before  # its own initial weights are a version of their own, behind the others
     assert first["policy/mean_lag"] > 0.5  # the batch is of the killed trainer's versions,

@@ -61,8 +61,11 @@ def save_checkpoint(
             for old in list_checkpoints(folder)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError | RuntimeError):  # Ctrl-C
+            raise
+        # torch reports a full disk as RuntimeError
         raise CheckpointError(f"the checkpoint {target} cannot be written: {error}") from error
 
 

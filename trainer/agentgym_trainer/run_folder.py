@@ -102,8 +102,10 @@ class RunFolder:
         try:
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, path)
-        except OSError as error:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if not isinstance(error, OSError):  # Ctrl-C
+                raise
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from agentgym.config import parse_config
-from agentgym.engine.gate import VersionedPolicy
+from agentgym.engine.gate import PublishReport, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.engine.torch_engine import TorchEngine
 from agentgym.errors import TrainingError
@@ -240,7 +240,7 @@ class Trainer:
     def hold(self, holder: str, versions: set[int]) -> None:
         self.log.hold(holder, [version for version in versions if version in self.log])
 
-    def publish(self) -> None:
+    def publish(self) -> PublishReport:
         self.world.room = len(self.world.ended) + 4
         while not self.world.sampling():
             # again: whoever is slow to look finds those that had room at their end, and nobody sampling
@@ -254,6 +254,7 @@ class Trainer:
         update = WeightUpdate(self.version, self.log.path(self.version))
         report = self.world.do(self.world.policy.publish(update))
         self.interruption.published(report.ended_pause)
+        return report
 
     def check(self, batch: list[ScoredSequences], names: tuple[str, ...]) -> tuple[int, int]:
         """Every anchor's proximal logprobs against brute force and, to the bit, against each other."""
@@ -366,6 +367,23 @@ def test_a_pause_that_ran_out_is_noticed_and_its_tokens_are_scored_all_the_same(
     for _ in range(4):
         trainer.check(world.take(4), ("interrupt",))
         trainer.publish()
+
+
+def test_a_pause_is_counted_from_where_nothing_is_sampled_any_more(
+    open_world: Callable[[int], World], make_model: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    world = open_world(6)
+    trainer = Trainer(world, make_model(0), tmp_path)
+    pause = world.pause
+
+    def on_the_way(limit_s: float) -> PauseReport:
+        time.sleep(0.2)
+        return pause(limit_s)
+
+    world.pause = on_the_way  # type: ignore[method-assign]
+    trainer.check(world.take(3), ("interrupt",))
+    report = trainer.publish()
+    assert report.pause_s >= trainer.interruption.metrics()["anchor/stall_s"] > 0
 
 
 def check_refusals(scorer: OldLogitModel, batch: list[ScoredSequences]) -> None:

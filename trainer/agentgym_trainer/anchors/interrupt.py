@@ -60,6 +60,7 @@ class Interruption:
         self._limit_s = limit_s
         self._followed = Followed(records)
         self._pause_id: int | None = None
+        self._paused_at = 0.0
         self._num_broken = 0
         self._figures: dict[str, float] = {}
 
@@ -67,11 +68,9 @@ class Interruption:
     def before_update(self, version: int) -> None:
         """Every rank calls it when gradients of the step are there and the weights are still those of `version`, as
         published. When it returns sampling is paused, until `version + 1` is published."""
-        began = paused_at = time.perf_counter()
+        began = self._paused_at = time.perf_counter()
         num_records = num_forwarded = 0
         for number in range(2**31):
-            if number == 1:
-                paused_at = time.perf_counter()
             work = self._exchange.share(f"interrupt/{version}/{number}", self._next_work(version, number))
             if work.live is not None:
                 self._records.keep_only(work.live)
@@ -86,7 +85,7 @@ class Interruption:
             "anchor/scored_tokens": float(num_forwarded),
             "anchor/kept_tokens": float(self._records.num_tokens),
             "anchor/interrupt_s": now - began,
-            "anchor/stall_s": now - paused_at,
+            "anchor/stall_s": now - self._paused_at,
         }
 
     def published(self, ended_pause: int | None) -> None:
@@ -108,6 +107,8 @@ class Interruption:
             self._read(sampling)
             return _Work(tuple(self._followed.take(version=version, ended_only=True)), None)
         pause_id = sampling.pause(self._limit_s).pause_id
+        if number == 1:
+            self._paused_at = time.perf_counter()  # not from the request on: sampling may go on while it travels
         unbroken = number > 1 and pause_id == self._pause_id
         self._pause_id = pause_id
         if unbroken:
