@@ -78,7 +78,7 @@ class Rig:
             self.settings, self.environments, renderer, self.policy, LIMITS, self.schedule, TrajectoryStore(folder)
         )
 
-    async def batch(self, version: int, timeout_s: float = 20.0) -> CollectedBatch:
+    async def batch(self, version: int, timeout_s: float = 200.0) -> CollectedBatch:
         batch = await self.collector.take(version, timeout_s, step=version + 1)
         assert batch is not None
         return batch
@@ -271,7 +271,7 @@ def test_a_pause_plays_begun_groups_to_their_end(renderer: ChatTemplateRenderer,
             await asyncio.sleep(0)
             it.collector.collect(False)
             begun = it.collector.started_groups
-            for _ in range(2000):
+            for _ in range(20_000):
                 if it.collector.in_flight == 0:
                     break
                 await asyncio.sleep(0.002)
@@ -323,6 +323,6 @@ def test_the_end_wakes_who_waits(renderer: ChatTemplateRenderer, tmp_path: Path)
             await asyncio.sleep(0.05)
             it.collector.end_waiting()
             with pytest.raises(ServiceError, match="ending"):
-                await asyncio.wait_for(waiting, 5.0)
+                await asyncio.wait_for(waiting, 100.0)
 
     asyncio.run(run())

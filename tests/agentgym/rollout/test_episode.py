@@ -27,7 +27,7 @@ from agentgym.rollout.limits import EpisodeLimits
 from agentgym.testing.scripted_engine import ScriptedEngine, forced_logits, hashed_logits, log_distribution
 from agentgym.trajectory import EpisodeStatus, Trajectory, to_sequences
 
-LIMITS = EpisodeLimits(max_turns=7, max_tokens_per_turn=5, max_episode_tokens=128, max_episode_s=20.0)
+LIMITS = EpisodeLimits(max_turns=7, max_tokens_per_turn=5, max_episode_tokens=128, max_episode_s=200.0)
 
 
 class Echo(AgentEnv):
@@ -83,6 +83,23 @@ class Blocks(Echo):
         return super().reply(action)
 
 
+class Clock:
+    """What an episode takes for the time module: it goes on when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("agentgym.rollout.episode.time", clock)
+    return clock
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_open() -> None:
     Echo.alive.clear()
@@ -108,7 +125,7 @@ class Recites:
         return Completion(reply, (-0.1,) * n, (0,) * n, (0,) * n, "stop")
 
 
-def pool_of(make: Callable[[], AgentEnv], max_call_s: float = 5.0) -> EnvironmentPool:
+def pool_of(make: Callable[[], AgentEnv], max_call_s: float = 200.0) -> EnvironmentPool:
     return EnvironmentPool(make, most=8, max_call_s=max_call_s)
 
 
@@ -208,11 +225,16 @@ def test_an_opening_that_leaves_no_room_is_truncated_without_a_turn(renderer: Ch
     assert trajectory.score == Score.of({"done": 0.25})
 
 
-def test_the_time_limit_is_looked_at_between_turns(renderer: ChatTemplateRenderer) -> None:
-    limits = EpisodeLimits(7, 5, 128, max_episode_s=0.1)
-    trajectory = play(pool_of(lambda: Blocks(0.2)), renderer, VersionedPolicy(random_engine(renderer)), limits)
-    assert (trajectory.status, len(trajectory.turns)) == (EpisodeStatus.TRUNCATED, 1)
-    assert trajectory.metrics["env_s"] >= 0.2
+def test_the_time_limit_is_looked_at_between_turns(renderer: ChatTemplateRenderer, clock: Clock) -> None:
+    class Slow(Echo):
+        def reply(self, action: Message) -> str:
+            clock.now += 70.0
+            return super().reply(action)
+
+    limits = EpisodeLimits(7, 5, 128, max_episode_s=100.0)
+    trajectory = play(pool_of(lambda: Slow(5)), renderer, VersionedPolicy(random_engine(renderer)), limits)
+    assert (trajectory.status, len(trajectory.turns)) == (EpisodeStatus.TRUNCATED, 2)
+    assert trajectory.metrics["env_s"] == 140.0
 
 
 def test_a_failing_environment_is_data_and_is_not_used_again(renderer: ChatTemplateRenderer) -> None:
@@ -261,38 +283,61 @@ def test_a_dead_engine_fails_the_episode(renderer: ChatTemplateRenderer) -> None
     assert trajectory.error.startswith("EngineDiedError: ")
 
 
+@pytest.mark.usefixtures("clock")  # the opening takes no time, however long it takes
 def test_a_silent_engine_fails_the_episode_and_is_named(renderer: ChatTemplateRenderer) -> None:
-    engine = random_engine(renderer, latency_s=lambda: 30.0)
+    engine = random_engine(renderer, latency_s=lambda: 300.0)
     limits = EpisodeLimits(7, 5, 128, max_episode_s=0.05)
     trajectory = play(pool_of(Echo), renderer, VersionedPolicy(engine), limits)
     assert trajectory.error == "EngineError: the engine gave no completion within 0.05 s"
 
 
 def test_blocking_environments_run_in_threads_side_by_side(renderer: ChatTemplateRenderer) -> None:
-    made: list[Blocks] = []
+    threads: list[str] = []
+    all_four = threading.Barrier(4)
 
-    def make() -> Blocks:
-        made.append(Blocks(0.5))
-        return made[-1]
+    class Meets(Echo):
+        blocking = True
 
-    environments = pool_of(make)
+        def reply(self, action: Message) -> str:
+            threads.append(threading.current_thread().name)
+            all_four.wait(100.0)  # whoever came one after the other would wait in vain
+            return super().reply(action)
+
+    environments = pool_of(lambda: Meets(2))
 
     async def four() -> list[Trajectory]:
         policy = VersionedPolicy(random_engine(renderer))
         episodes = (run_episode(plan(), environments, renderer, policy, LIMITS) for _ in range(4))
         return await asyncio.gather(*episodes)
 
-    began = time.monotonic()
-    assert {t.status for t in asyncio.run(four())} == {EpisodeStatus.TERMINATED}
-    assert time.monotonic() - began < 4 * 2 * 0.5
-    threads = {name for env in made for name in env.threads}
+    assert [(t.status, t.error) for t in asyncio.run(four())] == [(EpisodeStatus.TERMINATED, None)] * 4
+    assert len(threads) == 4 * 2
     assert all(name.startswith("environment") for name in threads)
 
 
 def test_a_hanging_environment_is_given_up_at_its_deadline(renderer: ChatTemplateRenderer) -> None:
-    environments = pool_of(lambda: Blocks(1.0), max_call_s=0.1)
+    class Hangs(Echo):
+        blocking = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.closed = threading.Event()
+
+        def reset_task(self, task: str, rng: np.random.Generator) -> str:
+            environments._max_call_s = 0.1  # only from here on: this call may be slow, and does not hang
+            return super().reset_task(task, rng)
+
+        def reply(self, action: Message) -> str:
+            self.closed.wait(100.0)
+            return super().reply(action)
+
+        def close(self) -> None:
+            super().close()
+            self.closed.set()
+
+    environments = pool_of(Hangs)
     trajectory = play(environments, renderer, VersionedPolicy(random_engine(renderer)))
-    assert trajectory.error == "EnvError: step of Blocks did not return within 0.1 s"
+    assert trajectory.error == "EnvError: step of Hangs did not return within 0.1 s"
     assert len(trajectory.turns) == 1
     assert not Echo.alive
 

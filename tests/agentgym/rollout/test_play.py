@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -71,18 +70,26 @@ def test_an_episode_that_ends():
     assert other.messages[1].content != episode.messages[1].content  # the agent's both follow the seed
 
 
-def test_limits_truncate_and_the_environment_scores_it():
+def test_limits_truncate_and_the_environment_scores_it(monkeypatch: pytest.MonkeyPatch):
     episode = play(Moody(), talk, "endless", 0, LIMITS)
     assert (episode.status, episode.turns) == (EpisodeStatus.TRUNCATED, 3)
     assert episode.score == Score(0.25, {"good": 0.25}, True, "")
 
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr("agentgym.rollout.play.time", clock)
+
     def slow(env: Any, history: Any, rng: Any) -> Message:
-        time.sleep(0.02)
+        clock.now += 30.0
         return Message("assistant", "")
 
-    episode = play(Moody(), slow, "endless", 0, PlayLimits(1000, max_s=0.1))
-    assert episode.status is EpisodeStatus.TRUNCATED
-    assert 1 <= episode.turns <= 6
+    episode = play(Moody(), slow, "endless", 0, PlayLimits(1000, max_s=100.0))
+    assert (episode.status, episode.turns, episode.seconds) == (EpisodeStatus.TRUNCATED, 4, 120.0)
 
 
 @pytest.mark.parametrize(
