@@ -32,6 +32,11 @@ class SocketChannel:
 
     def send(self, data: bytes, until: float) -> None:
         view = memoryview(data)
+        if isinstance(self._stream, ssl.SSLSocket):  # which may keep a part of what it says it has not taken
+            try:
+                self._wait(select.POLLOUT, until)
+            except TimeoutError as error:
+                raise NothingSentError(str(error)) from None
         while view:
             try:
                 with self._lock:
@@ -69,6 +74,6 @@ class SocketChannel:
     def _wait(self, events: int, until: float) -> None:
         poll = select.poll()
         poll.register(self._stream, events)
-        left = until - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
+        # looked at past the deadline, too: what came while this process stood still has come in time
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
             raise TimeoutError("the deadline has passed")

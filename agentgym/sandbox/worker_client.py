@@ -180,7 +180,7 @@ class WorkerClient:
             except TimeoutError as error:
                 raise self._died(f"it did not answer {op!r} within {patience_s:.1f} s") from error
             except OSError as error:
-                raise self._died(str(error)) from error
+                raise self._died(self._dead or self._channel.epitaph() or str(error)) from error
         if "error" in reply:
             said = str(reply.get("message", ""))[:2000].encode("utf-8", "backslashreplace").decode()
             message = f"sandbox {self._name}: {said}"
@@ -197,8 +197,10 @@ class WorkerClient:
                 self._send_held({"op": "renew"}, b"", time.monotonic() + 1.0)
         except NothingSentError:
             pass  # the line is full of frames, which renew as well once they are heard
-        except OSError as error:
+        except TimeoutError as error:
             self._died(f"its lease could not be renewed ({error})")  # half a frame may have been sent
+        except OSError:
+            self._channel.shut()  # the other end is gone, and the next request asks why
         finally:
             self._send_lock.release()
 

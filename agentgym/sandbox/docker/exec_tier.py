@@ -7,7 +7,7 @@ It waits for the beats of its owner and ends the box with the end of its input, 
 
 from __future__ import annotations
 
-import math
+import contextlib
 import secrets
 import threading
 import time
@@ -35,47 +35,18 @@ from agentgym.sandbox.box import (
     outermost,
     warn_of_relaxations,
 )
-from agentgym.sandbox.docker.command import LULL_S, DockerCommand
+from agentgym.sandbox.docker.command import DockerCommand, UpToMark
 from agentgym.sandbox.docker.container import Container, NoPythonError
 from agentgym.sandbox.docker.host import FAILURES, DockerHost, connect, root_cause
 from agentgym.sandbox.docker.promises import check_promises
+from agentgym.sandbox.docker.scripts import KEEPER, READ, RUN, WHOLE, WRITE
 from agentgym.sandbox.docker.settings import enforced, owner_uid
 from agentgym.sandbox.inside.worker_streams import Capture
 from agentgym.sandbox.network.report import NetworkReport
 from agentgym.sandbox.spec import PING_S, WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
-from agentgym.sandbox.worker_client import GRACE_S
+from agentgym.sandbox.worker_client import GRACE_S, NothingSentError
 
 KEEPER_UID = 10003  # of pid 1; neither a box's commands nor a verifier's
-KEEPER = """
-if command -v timeout >/dev/null 2>&1; then
-  while timeout "$1" sh -c 'read -r beat'; do :; done
-else
-  while read -r beat; do :; done
-fi
-"""
-# cd first, so that a missing directory can be told from a failing command
-RUN = """
-mark=$1; shift
-if [ -n "$1" ] && ! CDPATH= cd -- "$1" 2>/dev/null; then echo "$mark" >&2; exit 125; fi
-shift
-unset HOSTNAME
-exec "$@"
-"""
-READ = """
-[ -e "$1" ] || exit 91
-[ -f "$1" ] || exit 92
-size=$(wc -c < "$1" 2>/dev/null)
-[ "${size:-0}" -le "$2" ] || exit 93
-exec cat -- "$1"
-"""
-# what comes before a mark that nothing in the box can guess came whole, however its connection ended
-WHOLE = 'mark=$1; shift; "$@" && printf %s "$mark"'
-WRITE = """
-[ ! -e "$1" ] || [ -f "$1" ] || exit 92
-cat > "$1" || exit 1
-size=$(wc -c < "$1" 2>/dev/null)
-[ "${size:-$2}" -ge "$2" ] || exit 94
-"""
 CALL_S = 60.0  # for reading, writing and moving files
 FULL = ("No space left", "File too large", "quota exceeded")
 TOO_LARGE = 93
@@ -137,10 +108,15 @@ class DockerExecSandbox:
         wrapped = ["sh", "-c", RUN, "sh", mark, checked_text("cwd", cwd) or "", *argv]
         with self._lock:
             self._not_frozen("exec")
-            out, err = Capture(self.spec.output_limit), Capture(self.spec.output_limit)
-            code, seconds = self._run(wrapped, argv, stdin, timeout_s, out.add, err.add)
-        (stdout, dropped_out), (stderr, dropped_err) = out.result(), err.result()
-        if code == 125 and stderr == f"{mark}\n".encode():
+            captures = [Capture(self.spec.output_limit) for _ in range(2)]
+            out, err = (UpToMark(mark.encode(), capture.add) for capture in captures)
+            code, seconds = self._run(
+                wrapped, argv, stdin, timeout_s, out.add, err.add, lambda: out.ended and err.ended
+            )
+        for stream in (out, err):
+            stream.end()
+        (stdout, dropped_out), (stderr, dropped_err) = (capture.result() for capture in captures)
+        if code == 125 and err.ended and not out.ended:
             raise SandboxError(f"sandbox {self.name}: the directory {cwd!r} cannot be entered")
         return ExecResult(code, stdout, stderr, dropped_out + dropped_err, seconds)
 
@@ -231,7 +207,7 @@ class DockerExecSandbox:
 
     def renew(self) -> None:
         """Renews the lease, from any thread, also while a call waits."""
-        with self._beat_lock:
+        with self._beat_lock, contextlib.suppress(NothingSentError):  # the line is full of beats
             self._lifeline.send(b"\n", time.monotonic() + 1.0)
 
     @property
@@ -271,18 +247,19 @@ class DockerExecSandbox:
         timeout_s: float,
         out: Callable[[bytes], None],
         err: Callable[[bytes], None],
-        lull_s: float = LULL_S,
+        is_whole: Callable[[], bool] | None = None,
     ) -> tuple[int, float]:
-        """Runs argv in the box until it has ended or the deadline has come: (exit code, seconds)."""
+        """Runs argv in the box until it has ended, with all that it wrote, or the deadline has come: (exit code,
+        seconds). What the daemon takes to start it does not count."""
         if self._gone is not None:
             raise SandboxDiedError(f"sandbox {self.name} is gone: {self._gone}")
-        started = time.monotonic()
         try:
             command = DockerCommand(self._container, argv, stdin, owner_uid(self.spec), self._environment)
         except FAILURES as error:
             raise self._died(error) from error
+        started = time.monotonic()
         try:
-            for stream, data in command.output(started + timeout_s, lull_s):
+            for stream, data in command.output(started + timeout_s, is_whole):
                 (out if stream == 1 else err)(data)
             code = command.exit_code()
             if self._gone is not None:
@@ -316,7 +293,7 @@ class DockerExecSandbox:
 
         wrapped = ["sh", "-c", WHOLE, "sh", mark, *argv]
         with self._lock:
-            code, _ = self._run(wrapped, argv[:1], b"", CALL_S, keep, said.add, math.inf)
+            code, _ = self._run(wrapped, argv[:1], b"", CALL_S, keep, said.add, lambda: data.endswith(mark.encode()))
         if code in (0, LOST) and not data.endswith(mark.encode()) and not said.result()[0]:
             raise self._died(OSError("the connection ended before all of it had come"))
         self._check(code, said, path)

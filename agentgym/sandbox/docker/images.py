@@ -51,12 +51,15 @@ def build_image(
     timeout_s: float = BUILD_S,
 ) -> str:
     """The tag of the image of a folder with a Dockerfile, built unless the daemon has it. The tag names the content, so
-    whoever has the same folder gets the same image. `shared=False`: it is removed when this process ends."""
+    whoever has the same folder gets the same image. `shared=False`: it is this process's alone, by its tag as well,
+    and is removed when this process ends."""
     say = report or _silent
     context = read_context(Path(folder))
     daemon = connect(host)
     bases = {name: _base_id(daemon, name, context.folder, say) for name in bases_of(context.dockerfile)}
     tag = f"{REPOSITORY}:{context.digest(bases)}"
+    if not shared:  # one that several used would go with the first of them
+        tag += f"-{owner().owner_id}"
     with _lock_of(f"{daemon.host.url or OWN_SOCKET} {tag}", tag, say):
         if daemon.has_image(tag):
             say(f"{tag} exists already")

@@ -80,7 +80,7 @@ def run(shell, command):
 
 
 def report_of(pid, codes):
-    """The next exit code that the shell reports; None if it has ended or reports nonsense."""
+    """The next exit code that the shell reports; None if it ends, or was ended because it reported nonsense."""
     answer = b""
     while not answer.endswith(b"\n"):
         ready, _, _ = select.select([codes], [], [], 0.05)
@@ -92,7 +92,10 @@ def report_of(pid, codes):
         elif has_ended(pid):
             return None  # a child of the shell may hold its pipe open
     text = answer.strip()
-    return int(text) if text.isdigit() and int(text) < 256 else None
+    if text.isdigit() and int(text) < 256:
+        return int(text)
+    os.kill(pid, signal.SIGKILL)
+    return None
 
 
 def has_ended(pid):
@@ -100,12 +103,8 @@ def has_ended(pid):
 
 
 def ending(pid):
-    """The exit code of a shell that has ended; one that goes on with its pipe closed is ended."""
-    for _ in range(20):
-        if has_ended(pid):
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        select.select([], [], [], 0.01)
-    os.kill(pid, 9)
+    """The exit code of a shell that has closed its pipes: it ends, or has become another program (`exec`), which may
+    take as long as any command."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

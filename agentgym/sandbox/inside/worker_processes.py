@@ -11,6 +11,9 @@ from agentgym.sandbox.inside.worker_streams import Capture, Pipes, drain, feed, 
 
 LINGER_S = 0.1  # how long the output of a finished command is still read while a background child holds it open
 STOP_S = 10.0  # how long a process may take to stop
+DYING_S = 5.0  # how long what was killed may take to be gone: it needs a processor for that, too
+BIRTHS = 30  # so many times in a row something new is found that was born meanwhile
+ENDING_S = 5.0  # how long a process may take to end that has closed its answers
 STOPPED, DEAD = b"Tt", b"ZX"
 
 
@@ -62,14 +65,17 @@ class Processes:
         what belongs to an older session, or to one of `sessions`: nothing can enter a session that is there already."""
         spared = {*before.values(), *sessions}
         signalled(-pid, _signal.SIGKILL)
-        for attempt in range(30):
-            born = [entry[0] for entry, session in alive().items() if entry not in before and session not in spared]
-            for other in born if before or sessions else [-1]:  # -1: all at once, where nobody is to be spared
+        killed, births, until = set(), 0, time.monotonic() + DYING_S
+        while births < BIRTHS:
+            born = {entry for entry, session in alive().items() if entry not in before and session not in spared}
+            births += not born <= killed
+            for other in [entry[0] for entry in born] if before or sessions else [-1]:  # -1: nobody is to be spared
                 signalled(other, _signal.SIGKILL)
             self.line.reap()
-            if not born:
-                return
-            time.sleep(0.001 * attempt)
+            if not born or (born <= killed and time.monotonic() >= until):
+                return  # what was killed does nothing more, however long it takes to be gone
+            killed |= born
+            time.sleep(0.001 * (1 + births))
         signalled(-1, _signal.SIGKILL)  # something forks faster than it can be found
 
     # -------------------------------------------------------------------------------------------------- one command
@@ -155,13 +161,14 @@ class Processes:
             drain(resident.output_fd, output, 64)
         code = None
         if state != "answered":
-            code = self.end_resident(request["process"], 0.2 if state == "died" else 0.0)
+            code = self.end_resident(request["process"], ENDING_S if state == "died" else 0.0)
+            state = "died" if state == "nonsense" else state
         kept, dropped = output.result()
         result = {"state": state, "exit_code": code, "output": len(kept), "dropped": dropped}
         return {**result, "seconds": time.monotonic() - started}, kept + answer
 
     def converse(self, resident, framed, output, until):
-        """Sends one message and reads one answer: ("answered" | "timeout" | "died", the answer)."""
+        """Sends one message and reads one answer: ("answered" | "timeout" | "died" | "nonsense", the answer)."""
         rest, answer = memoryview(framed), bytearray()
         while True:
             fds = {resident.from_fd: select.POLLIN}
@@ -185,7 +192,7 @@ class Processes:
             if len(answer) >= 4:
                 size = int.from_bytes(answer[:4], "big")
                 if size > self.output_limit + 4096 or len(answer) > 4 + size:
-                    return "died", b""  # nonsense in place of an answer
+                    return "nonsense", b""
                 if len(answer) == 4 + size:
                     return "answered", bytes(answer[4:])
             if time.monotonic() >= until:

@@ -29,6 +29,8 @@ from agentgym.sandbox.worker_client import START_S
 
 MEND = "install it (apt-get install bubblewrap) or use sandbox.tier=docker"
 SHELL_NAME = "agentgym-start"
+ENDING_S = 10.0
+ASKED_S = 60.0  # for what a program says of itself at once, on a machine that may stand still
 STARTERS = ("bwrap: ", "setpriv: ", f"{SHELL_NAME}: ")  # who may complain before the worker runs
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 
@@ -130,9 +132,9 @@ class BubblewrapProcess:
         return int(json.loads(text)["child-pid"])
 
     def epitaph(self) -> str:
-        """How it ended, with what bubblewrap said."""
+        """How it ended, with what bubblewrap said; asked when its streams have ended, and it with them."""
         if self._thread:
-            self._thread.join(1.0)
+            self._thread.join(ENDING_S)
         code = self._process.poll() if self._process else None
         said = self._complaint.decode(errors="replace").strip()
         ended = "bubblewrap still runs" if code is None else f"bubblewrap ended with code {code}"
@@ -140,14 +142,15 @@ class BubblewrapProcess:
 
     def refused(self) -> bool:
         """Whether it ended because no box can be made."""
-        return any(starter in self.epitaph() for starter in STARTERS)
+        said = self.epitaph()
+        return any(starter in said for starter in STARTERS)
 
     def end(self) -> None:
         """Kills it and with it everything in the box; returns when it is gone."""
         if self._process and self._thread:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGKILL)
-            self._thread.join(10.0)
+            self._thread.join(ENDING_S)
         if self._info_read >= 0:
             os.close(self._info_read)
             self._info_read = -1
@@ -183,7 +186,7 @@ def setpriv() -> str | None:
     found = shutil.which("setpriv", path=SYSTEM_PATH)
     if found is None:
         return None
-    told = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=10, check=False).stdout
+    told = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=ASKED_S, check=False).stdout
     return found if "--reuid" in told and "--clear-groups" in told else None
 
 
@@ -212,5 +215,5 @@ def find_bubblewrap() -> str:
 @functools.cache
 def abilities(bwrap: str) -> frozenset[str]:
     """The options that this version knows (asked once; a version does not change under us)."""
-    told = subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=10, check=False).stdout
+    told = subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=ASKED_S, check=False).stdout
     return frozenset(line.split()[0] for line in told.splitlines() if line.strip().startswith("--"))

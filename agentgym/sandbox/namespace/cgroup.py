@@ -23,7 +23,7 @@ from agentgym.sandbox.spec import SandboxSpec
 ROOT = Path("/sys/fs/cgroup")
 CPU_PERIOD_US = 100_000
 RAN_OUT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
-LEAVING_S = 2.0  # how long the last processes may take to leave
+LEAVING_S = 10.0  # how long the last processes may take to leave
 
 
 class Cgroup:

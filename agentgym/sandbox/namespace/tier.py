@@ -24,6 +24,7 @@ from agentgym.sandbox import seccomp
 from agentgym.sandbox.box import WorkerSandbox, network_limit, warn_of_relaxations
 from agentgym.sandbox.namespace import cgroup
 from agentgym.sandbox.namespace.bubblewrap import (
+    ASKED_S,
     MEND,
     BubblewrapProcess,
     abilities,
@@ -129,7 +130,7 @@ def namespace_problem() -> str | None:
             [*trial, "/usr/bin/env", "true"],
             capture_output=True,
             env={},
-            timeout=10,
+            timeout=ASKED_S,
             check=False,
             user=user,
             group=user,
@@ -171,7 +172,7 @@ def find_python() -> tuple[str, str | None]:
 
 def _usable(python: str) -> bool:
     probe = f"import sys, {NEEDED_MODULES}; sys.exit(sys.version_info < (3, 9))"
-    done = subprocess.run([python, "-I", "-S", "-c", probe], capture_output=True, timeout=30, check=False)
+    done = subprocess.run([python, "-I", "-S", "-c", probe], capture_output=True, timeout=ASKED_S, check=False)
     return done.returncode == 0
 
 

@@ -4,6 +4,7 @@ end of those that nobody holds. Law as in leftovers.py: living owners and what i
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -179,8 +180,11 @@ def _is_abandoned(container: dict[str, Any], surveyed: _Survey, others_older_tha
 
 def _remove_images(daemon: DaemonHttp, surveyed: _Survey, removed: Removed, *, tasks: bool) -> None:
     """Those that were of use to a dead owner alone; with `tasks` also what can be built again."""
-    found = [image for image in daemon.images("agentgym.owner") if surveyed.holder(image["Labels"]) == "dead"]
-    found += daemon.images(TASK_IMAGE) if tasks else []
+    owned = daemon.images("agentgym.owner")
+    found = [image for image in owned if surveyed.holder(image["Labels"]) == "dead"]
+    if tasks:
+        kept = {image["Id"] for image in owned}  # of one who lives, or may live
+        found += [image for image in daemon.images(TASK_IMAGE) if image["Id"] not in kept]
     for image in found:
         if daemon.remove_image(image["Id"]):
             removed.images.append(image_name(image))
@@ -201,9 +205,10 @@ def _remove_empty_cgroups(surveyed: _Survey, removed: Removed) -> None:
 def _remove_half_made(runtime: Path, removed: Removed) -> None:
     """Leases whose owner was killed while it made them."""
     for folder in runtime.glob(".*"):
-        if time.time() - folder.stat().st_mtime > HALF_MADE_S:
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.leases.append(folder.name)
+        with contextlib.suppress(FileNotFoundError):  # its owner has made all of it now, and renamed it
+            if time.time() - folder.stat().st_mtime > HALF_MADE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.leases.append(folder.name)
 
 
 def _age(created: Any) -> float:

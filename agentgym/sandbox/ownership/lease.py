@@ -38,6 +38,7 @@ from agentgym.sandbox.spec import SandboxSpec
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 10.0
+LAUNCHING_S = 0.02  # between two looks at what starts the reaper
 DEFAULT_DAEMON = "unix:///var/run/docker.sock"
 REAPER = Path(__file__).with_name("reaper.py")
 REAPER_ENVIRONMENT = ("PATH", "HOME", "SSH_AUTH_SOCK")  # for a daemon behind ssh
@@ -176,11 +177,12 @@ class Owner:
         return descriptor
 
     def _renew_for_ever(self) -> None:
-        self._reap_launcher()
         beat = time.monotonic() + HEARTBEAT_S
         while True:
             with self._changed:
                 due = min([beat, *(kept.due for kept in self._kept.values())])
+                if self._is_launching():
+                    due = min(due, time.monotonic() + LAUNCHING_S)
                 self._changed.wait(max(0.0, due - time.monotonic()))
                 if self._is_over:
                     return
@@ -194,11 +196,10 @@ class Owner:
                 beat = now + HEARTBEAT_S
                 self._beat()
 
-    def _reap_launcher(self) -> None:
-        """The reaper's first process ends as soon as it has made the second."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if self._reaper_start is not None:
-                self._reaper_start.wait(HEARTBEAT_S)
+    def _is_launching(self) -> bool:
+        """Whether the reaper's first process is there; it ends when it has made the second, and is waited for by this.
+        No renewal stands behind it: on a busy machine it may take seconds."""
+        return self._reaper_start is not None and self._reaper_start.poll() is None
 
     def _renew(self, name: str, kept: _Kept) -> None:
         try:
@@ -213,7 +214,6 @@ class Owner:
         try:
             os.utime(self._descriptor)
             self.ensure_reaper()
-            self._reap_launcher()
         except (AgentGymError, OSError) as error:
             logger.warning("the lease of this process in %s: %s", self.folder, error)
 

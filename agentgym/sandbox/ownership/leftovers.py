@@ -24,10 +24,12 @@ from agentgym.sandbox.ownership.lease import host_identity
 from agentgym.sandbox.ownership.reaper import is_locked, start_time
 
 SETTLE_S = 10.0  # so long after the last one a container may still appear that the daemon was asked for
+BUSY_S = 20.0  # so long what the daemon is removing already, or still needs, is waited for
 FRESH_S = 60.0  # an owner that gave a sign of life so lately may have died just now
 UNREACHABLE_S = 600.0  # between two tries with a daemon that does not answer
 GIVEN_UP_S = 86_400.0  # a daemon that has not answered for so long will not; its boxes have ended by their leases
 ABANDONED_S = 3600.0  # past its lease, a container of another machine that does not run has no owner any more
+LEAVING_S = 10.0  # how long what was killed may take to leave its cgroups
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -110,16 +112,17 @@ def collect_owner(folder: str | Path, settle_s: float = SETTLE_S, removed: Remov
     lease, removed = Lease.read(Path(folder)), Removed() if removed is None else removed
     settle_s = settle_s if lease.silent_s() < FRESH_S else 0.0
     until = time.monotonic() + settle_s
+    busy_until = time.monotonic() + BUSY_S
     pause = 0.05
     while True:
         known = len(removed.containers)
-        silent = _remove_of_daemons(lease, removed)
+        silent, is_busy = _remove_of_daemons(lease, removed)
         if len(removed.containers) > known:
             until = time.monotonic() + settle_s
         remove_cgroups(f"agentgym-{lease.owner_id}", removed, with_processes=True)
         # only what was begun and not seen yet can still appear; a box without a daemon dies with its input
         late = [name for name, box in lease.boxes().items() if box["begun"] and box.get("tier") != "namespace"]
-        if not late or time.monotonic() >= until:
+        if (not late or time.monotonic() >= until) and (not is_busy or time.monotonic() >= busy_until):
             break
         time.sleep(pause)
         pause = min(1.0, 1.5 * pause)
@@ -142,15 +145,16 @@ def collect_orphan(folder: str | Path) -> Removed:
     return collect_owner(folder) if lease.readable and not lease.alive else Removed()
 
 
-def _remove_of_daemons(lease: Lease, removed: Removed) -> list[str]:
-    """Containers, volumes and images of this owner; why it could not be done where a daemon still holds boxes."""
-    silent = []
+def _remove_of_daemons(lease: Lease, removed: Removed) -> tuple[list[str], bool]:
+    """Containers, volumes and images of this owner: (why it could not be done where a daemon still holds boxes, whether
+    something is still there, such as a container whose removal is under way and the image that it is made of)."""
+    silent, is_busy = [], False
     for name, daemon in lease.daemons().items():
         held = [record for record in lease.boxes().values() if record.get("daemon") == name]
         label = f"agentgym.owner={lease.owner_id}"
         try:
             for container in daemon.containers(label):
-                remove_container(daemon, container, removed)
+                is_busy |= not remove_container(daemon, container, removed)
                 (lease.folder / "boxes" / f"{box_name(container)}.begun").unlink(missing_ok=True)
             for volume in daemon.volumes(label):
                 if daemon.remove_volume(volume["Name"]):
@@ -158,22 +162,27 @@ def _remove_of_daemons(lease: Lease, removed: Removed) -> list[str]:
             for image in daemon.images(label):
                 if daemon.remove_image(image["Id"]):
                     removed.images.append(image_name(image))
+                else:
+                    is_busy = True
         except AgentGymError as error:
             over_s = max((float(record.get("lease_s", 0.0)) for record in held), default=0.0) + SETTLE_S
             if held and not (daemon.is_absent and lease.silent_s() > over_s):
                 silent.append(f"{error}; it may still hold {len(held)} sandboxes of the dead owner {lease.owner_id}")
-    return silent
+    return silent, is_busy
 
 
-def remove_container(daemon: DaemonHttp, container: dict[str, Any], removed: Removed) -> None:
-    if daemon.remove_container(container["Id"]):
+def remove_container(daemon: DaemonHttp, container: dict[str, Any], removed: Removed) -> bool:
+    """Whether it was removed by this; else something else has removed it, or is about to."""
+    if is_removed := daemon.remove_container(container["Id"]):
         removed.containers.append(box_name(container))
+    return is_removed
 
 
 def remove_cgroups(prefix: str, removed: Removed, *, with_processes: bool) -> None:
     """The cgroups whose names begin so, the inner ones first; with what runs in them, or only where nothing does."""
+    until = time.monotonic() + LEAVING_S
     for folder in sorted(cgroup_folders(prefix), key=lambda found: -len(found.parts)):
-        for _ in range(50):
+        while True:
             if with_processes:
                 removed.processes += [f"{pid} in {folder.name}" for pid in _kill(folder)]
             try:
@@ -181,7 +190,7 @@ def remove_cgroups(prefix: str, removed: Removed, *, with_processes: bool) -> No
             except FileNotFoundError:
                 break
             except OSError:
-                if not with_processes:
+                if not with_processes or time.monotonic() >= until:
                     break
                 time.sleep(0.01)  # what was killed takes a moment to leave
             else:

@@ -19,6 +19,7 @@ from types import ModuleType
 
 LOOK_S = 60.0  # for other owners that ended without a reaper
 RETRY_S, TRIES = 30.0, 120  # with a daemon that does not answer
+LOOKED_AT = 100  # tries, of 0.05 s, to take a lock that somebody only looks at
 POLL_S = 1.0  # where the kernel knows no pidfd
 
 
@@ -49,7 +50,7 @@ def take_lock(file: str) -> int | None:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         return None  # the owner ended, and its folder is gone
-    for _ in range(20):
+    for _ in range(LOOKED_AT):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.docker
 PROGRAMS = "cat cut grep head id ln ls mkdir mkfifo rm sh sha256sum sleep tar timeout true truncate wc"
 SHELL_ONLY = "cat sh"
 DOCKERFILE = """FROM agentgym/base:bookworm AS full
-LABEL agentgym.test=stage
+LABEL agentgym.test={mark}
 RUN mkdir -p /out/bin && for p in {programs}; do cp -L $(command -v $p | grep / || echo /usr/bin/$p) /out/bin/; done; \\
     for f in /out/bin/*; do ldd $f | grep -o '/[^ ]*'; done | sort -u | while read l; do \\
     mkdir -p /out$(dirname $l); cp -L $l /out$l; done
@@ -40,11 +40,20 @@ COPY --from=full /out /
 
 
 def an_image(folder: Path, programs: str) -> Iterator[str]:
-    (folder / "Dockerfile").write_text(DOCKERFILE.format(programs=programs))
+    mark = f"stage-{os.getpid()}-{time.monotonic_ns()}"  # another run may build the same at the same daemon
+    (folder / "Dockerfile").write_text(DOCKERFILE.format(programs=programs, mark=mark))
     tag = build_image(folder, shared=False)
     yield tag
     remove_image(tag)
-    connect().quick.prune_images({"dangling": True, "label": "agentgym.test=stage"})
+    connect().quick.prune_images({"dangling": True, "label": f"agentgym.test={mark}"})
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    """On a machine that may stand still for seconds."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +90,12 @@ def test_commands(box: Sandbox) -> None:
     assert box.exec("exec true", stdin=big).exit_code == 0, "a command need not read its input"
     flood = box.exec("head -c 3000000 /dev/zero")
     assert (len(flood.stdout) < 4100, flood.dropped_bytes) == (True, 3_000_000 - 4000)
-    started = time.monotonic()
-    assert box.exec("sleep 60 & echo done").text == "done\n"
-    assert time.monotonic() - started < 30, "a background process that holds the output is not waited for"
+    for held in ("sleep 600", "(while :; do echo flood; done)"):
+        result = box.exec(f"echo done; {held} &", timeout_s=300)
+        assert result.stdout.startswith(b"done\n")
+        assert result.seconds < 250, "a background process that holds the output is not waited for"
+    with pytest.raises(SandboxTimeoutError):
+        box.exec("sleep 60", timeout_s=0.1)  # which kills what floods
 
 
 def test_bad_calls(box: Sandbox) -> None:
@@ -124,10 +136,11 @@ def test_files(box: Sandbox) -> None:
 
 def test_a_file_that_arrived_in_part_is_an_error(image: str) -> None:
     with open_sandbox("docker", SandboxSpec(image=image)) as box:
-        box.exec("(while :; do : > large; done) >/dev/null 2>&1 & sleep 0.2")
+        box.exec("(while :; do : > large; done) >/dev/null 2>&1 &")
 
         def write_often() -> None:
-            for _ in range(20):
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
                 box.write_file("large", bytes(1_000_000))
 
         with pytest.raises(SandboxError, match="'large': only a part of it arrived, or something in the box cut it"):
@@ -137,7 +150,8 @@ def test_a_file_that_arrived_in_part_is_an_error(image: str) -> None:
 def test_trees_freeze_and_fork(box: Sandbox) -> None:
     box.put({"in/a.txt": "a", "in/b": b"\x00"})
     assert box.exec("cat in/a.txt; ls in").text == "aa.txt\nb\n"
-    box.exec("(while :; do echo x >> /work/growing; done) >/dev/null 2>&1 & sleep 0.2")
+    box.exec(": > growing; (while :; do echo x >> /work/growing; done) >/dev/null 2>&1 &")
+    until(lambda: box.read_file("growing") != b"", "the background has not begun")
     box.freeze()
     assert box.frozen
     archive = box.export(["/work/in", "growing"])
@@ -152,8 +166,7 @@ def test_trees_freeze_and_fork(box: Sandbox) -> None:
         assert box.read_file("in/a.txt") == b"a"
     box.thaw()
     before = len(box.read_file("growing"))
-    time.sleep(0.2)
-    assert len(box.read_file("growing")) > before
+    until(lambda: len(box.read_file("growing")) > before, "it does not go on")
     with pytest.raises(SandboxTimeoutError):
         box.exec("sleep 60", timeout_s=0.3)  # which kills what grows
     box.exec("ln -s /etc/passwd leak")
@@ -166,11 +179,9 @@ def test_trees_freeze_and_fork(box: Sandbox) -> None:
 
 def test_the_deadline_ends_everything_but_pid_1(box: Sandbox) -> None:
     box.exec("sleep 300 >/dev/null 2>&1 &")
-    for command in ("sleep 60", "trap '' TERM INT HUP; while :; do :; done", "kill -STOP $$"):
-        started = time.monotonic()
+    for command in ("sleep 600", "trap '' TERM INT HUP; while :; do :; done", "kill -STOP $$"):
         with pytest.raises(SandboxTimeoutError, match=f"sandbox {box.name}: .*passed its deadline of 0.4 s"):
             box.exec(command, timeout_s=0.4)
-        assert time.monotonic() - started < 30
     assert b"300" not in box.exec("cat /proc/[0-9]*/cmdline").stdout
     assert box.exec("echo alive").text == "alive\n"
 
@@ -180,12 +191,10 @@ def test_a_fork_bomb_is_contained(image: str) -> None:
     with open_sandbox("docker", SandboxSpec(image=image, pids=20)) as bombed:
         with contextlib.suppress(SandboxTimeoutError):
             bombed.exec("f() { f | f & f; }; f; sleep 60", timeout_s=1)
-        started = time.monotonic()
         with contextlib.suppress(SandboxDiedError):
-            assert bombed.exec("echo alive").text == "alive\n"
-        assert time.monotonic() - started < 20
+            assert bombed.exec("echo alive", timeout_s=60).text == "alive\n"
         name = bombed.name
-    assert gone_within(name, 5)
+    assert gone_within(name, 30)
 
 
 def test_nothing_in_the_box_reaches_pid_1(box: Sandbox) -> None:
@@ -217,8 +226,7 @@ def test_its_commands_are_as_hardened_as_any(box: Sandbox) -> None:
 def test_orphans_are_reaped(box: Sandbox) -> None:
     for _ in range(4):
         box.exec("for i in 1 2 3 4 5; do (true &) ; done")
-    box.exec("sleep 0.3")
-    assert b"Z" not in box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout.split()
+    until(lambda: b"Z" not in box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout.split(), "zombies are left")
 
 
 def test_what_needs_python_is_refused_by_name(box: Sandbox) -> None:
@@ -233,18 +241,16 @@ def test_close_ends_a_call_that_waits(image: str) -> None:
 
     def wait() -> None:
         try:
-            box.exec("sleep 60", timeout_s=60)
+            box.exec("sleep 600", timeout_s=600)
         except SandboxDiedError as error:
             caught.append(error)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
     time.sleep(0.5)
-    started = time.monotonic()
     box.close()
-    waiting.join(30)
+    waiting.join(60)
     assert caught
-    assert time.monotonic() - started < 30
     with pytest.raises(SandboxDiedError, match="it was closed"):
         box.exec("true")
     box.close()
@@ -262,17 +268,17 @@ def gone_within(name: str, seconds: float) -> bool:
 def test_it_ends_with_its_lease_and_with_its_owner(image: str) -> None:
     from agentgym.sandbox.ownership.lease import owner
 
-    unheard = open_sandbox("docker", SandboxSpec(image=image, lease_s=1))
-    time.sleep(2.5)
+    unheard = open_sandbox("docker", SandboxSpec(image=image, lease_s=6))
+    time.sleep(7)
     assert unheard.exec("echo kept").text == "kept\n", "beats keep it"
     owner().forget(unheard.name)  # no beat comes any more
-    assert gone_within(unheard.name, 6)
+    assert gone_within(unheard.name, 60)
     with pytest.raises(SandboxDiedError, match=unheard.name):
         unheard.exec("true")
     unheard.close()
-    left = open_sandbox("docker", SandboxSpec(image=image))
+    left = open_sandbox("docker", SandboxSpec(image=image, lease_s=600))
     left._lifeline.shut()  # type: ignore[attr-defined]  # what the kernel does when the owner is killed
-    assert gone_within(left.name, 6)
+    assert gone_within(left.name, 60)
     left.close()
 
 
@@ -287,4 +293,4 @@ def test_a_shell_alone_does_most_of_it(shell_image: str) -> None:
         with pytest.raises(SandboxTimeoutError):
             box.exec("while :; do :; done", timeout_s=0.5)
         name = box.name
-    assert gone_within(name, 2)
+    assert gone_within(name, 30)
