@@ -237,8 +237,10 @@ class VersionedPolicy:
                     raise
                 await self._drained.wait()
                 self._pause = Pause(next(self._numbers), now, now)
-                self._expiry = asyncio.create_task(self._expire(self._pause.pause_id))
+            if self._expiry is not None:
+                self._expiry.cancel()
             self._pause = dataclasses.replace(self._pause, until=time.monotonic() + limit_s)
+            self._expiry = asyncio.create_task(self._expire(self._pause))
             return self._pause
 
     async def resume(self) -> None:
@@ -260,16 +262,12 @@ class VersionedPolicy:
         if self._expiry is not None and not expired:
             self._expiry.cancel()
 
-    async def _expire(self, pause_id: int) -> None:
-        while self._pause is not None and self._pause.pause_id == pause_id:
-            if (left := self._pause.until - time.monotonic()) > 0:
-                await asyncio.sleep(left)
-                continue
-            async with self._turn:
-                pause = self._pause
-                if pause is not None and pause.pause_id == pause_id and pause.until <= time.monotonic():
-                    _log.warning("a pause was neither ended nor followed by a publication in time; sampling goes on")
-                    await self._end_pause(expired=True)
+    async def _expire(self, pause: Pause) -> None:
+        await asyncio.sleep(pause.until - time.monotonic())
+        async with self._turn:
+            if self._pause is pause:
+                _log.warning("a pause was neither ended nor followed by a publication in time; sampling goes on")
+                await self._end_pause(expired=True)
 
     async def publish(
         self, update: WeightUpdate, mode: PublishMode | None = None, probe: Probe | None = None

@@ -12,6 +12,7 @@ between two tokens. All requests and commands may come from any event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import time
@@ -120,7 +121,7 @@ class TorchEngine:
 
     async def close(self) -> None:
         """Ends every request with EngineDiedError, and the thread; idempotent."""
-        if self._ending is None:
+        with contextlib.suppress(EngineDiedError):  # it has ended already
             self._post(lambda: self._end(EngineDiedError("the torch engine was closed")))
         await asyncio.to_thread(self._thread.join)
 
@@ -263,7 +264,7 @@ class TorchEngine:
             by_loop.setdefault(loop, []).append(act)
         self._outbox.clear()
         for loop, acts in by_loop.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(_do, acts)
 
 

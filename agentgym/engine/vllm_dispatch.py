@@ -65,19 +65,19 @@ class Dispatch:
             seat = await self._seat_for(work.params.session, failed=seat)
             if seat is None or self.paused:
                 return
-            before = len(work.token_ids)
+            before, replica = len(work.token_ids), seat.replica
             try:
                 await self._on(seat, work)
                 return
             except ReplicaPausedError:  # somebody else paused it: the gate tries again
                 return
             except ForeignWeightsError as error:
-                seat.lose(str(error))
+                seat.lose(str(error), replica)
                 raise
             except ReplicaLostError as error:
                 fruitless = 0 if len(work.token_ids) > before else fruitless + 1
                 if not await seat.is_alive():
-                    seat.lose(str(error))
+                    seat.lose(str(error), replica)
                 if fruitless >= _FRUITLESS:
                     raise EngineError(f"a request failed {fruitless} times in a row: {error}") from error
                 if work.is_complete():

@@ -141,12 +141,13 @@ class VllmEngine:
         self._check_kind(published, update.version)
         self._shelf.keep(self.named() | {update.version})
         serving = self._serving()
+        replicas = [seat.replica for seat in serving]
         results = await asyncio.gather(
             *(seat.stage(update.version, published) for seat in serving), return_exceptions=True
         )
-        for seat, result in zip(serving, results, strict=True):
+        for seat, replica, result in zip(serving, replicas, results, strict=True):
             if isinstance(result, ReplicaLostError):
-                seat.lose(str(result))
+                seat.lose(str(result), replica)
         refusals = _refusals(results)
         if refusals and None not in results:
             raise refusals[0]
@@ -221,18 +222,19 @@ class VllmEngine:
         """As VerifyingEngine.verify: every replica scores the probe, between its requests."""
         self._probe = self.policy_version, probe
         serving = self._serving()
+        replicas = [seat.replica for seat in serving]
         results = await asyncio.gather(*(seat.off(probe) for seat in serving), return_exceptions=True)
         differences: list[float] = []
         wrong: list[str] = []
-        for seat, result in zip(serving, results, strict=True):
+        for seat, replica, result in zip(serving, replicas, results, strict=True):
             if isinstance(result, float):
                 differences.append(result)
             if isinstance(result, ReplicaLostError):  # it has died meanwhile, and is compared before it serves again
-                seat.lose(str(result))
+                seat.lose(str(result), replica)
             elif isinstance(result, BaseException) or not result <= probe.tolerance:
                 what = f"cannot be compared ({result})" if isinstance(result, BaseException) else f"off by {result:.2g}"
                 wrong.append(f"{seat.name} {what}")
-                seat.lose(f"its logprobs after version {self.policy_version} are not the trainer's: {what}")
+                seat.lose(f"its logprobs after version {self.policy_version} are not the trainer's: {what}", replica)
         if wrong and len(wrong) == len(serving):
             raise EngineError(
                 f"after version {self.policy_version} no replica has the trainer's logprobs: {', '.join(wrong)}, where "

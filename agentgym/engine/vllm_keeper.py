@@ -22,7 +22,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.25
 _POLITE_S = 5.0  # after SIGTERM
-_TRACKER_S = 4.0  # for a resource tracker to end by itself
+_TRACKER_S = 20.0  # for a resource tracker to end by itself, which it does at once; long, for a machine that is slow
+_GROUP_S = 40.0  # for all that is left
 
 
 def keep(owner: int, command: list[str]) -> int:
@@ -49,7 +50,9 @@ def keep(owner: int, command: list[str]) -> int:
 def _end_group(group: int) -> None:
     """Kills what is left of the group and reaps it, until nobody is left."""
     began = time.monotonic()
-    while (passed := time.monotonic() - began) < _POLITE_S and (members := _members(group)):
+    passed = 0.0
+    while passed < _GROUP_S and (members := _members(group)):
+        passed = time.monotonic() - began  # looked at behind a kill of all, however long this process stood still
         for pid in members:
             if passed > _TRACKER_S or not _is_tracker(pid):
                 with contextlib.suppress(ProcessLookupError):

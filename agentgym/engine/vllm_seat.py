@@ -311,9 +311,10 @@ class Seat:
 
     # ---------------------------------------------------------------------------------------------------- leaving
 
-    def lose(self, why: str) -> None:
-        """Takes the server out, for good; the seat is filled again in the background."""
-        if self.state != "serving" or self._closing:
+    def lose(self, why: str, replica: VllmReplica | None = None) -> None:
+        """Takes the server out, for good; the seat is filled again in the background. `replica`: only that one; whoever
+        learns late that a server failed may find the next one in its place."""
+        if self.state != "serving" or self._closing or replica not in (None, self.replica):
             return
         self.state, self.error, self._loaded, self._staged = "lost", why, None, None
         said = f"; it said last:\n{self.server.tail()}" if self.server is not None and "last words" not in why else ""

@@ -33,7 +33,7 @@ _PREFIX = "agentgym-vllm-"
 _LONGEST_SOCKET = 107  # bytes of a Unix socket's path
 _LONGEST_NAME = 37  # of the sockets among a server's own processes, with the slash
 _TAIL_BYTES = 3000
-_CLOSE_S = 15.0
+_CLOSE_S = 60.0  # more than its keeper gives its processes
 _log = logging.getLogger(__name__)
 
 

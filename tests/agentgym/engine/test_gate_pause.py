@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from agentgym.engine import gate
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.errors import EngineError, InputError
@@ -22,9 +24,26 @@ def policy_of(latency_s: float = 0.002) -> tuple[VersionedPolicy, ScriptedEngine
     return VersionedPolicy(engine), engine
 
 
-async def begun(policy: VersionedPolicy) -> list[asyncio.Task[Completion]]:
+class Unhurried(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only while everybody waits, and then at once: no machine is too slow for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            self.now = max(self.now, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+async def begun(policy: VersionedPolicy, tokens: int = 4) -> list[asyncio.Task[Completion]]:
     tasks = [asyncio.create_task(policy.complete(PROMPT, params)) for params in PARAMS]
-    await asyncio.sleep(0.01)
+    while (await policy.engine.stats()).sampled_tokens < tokens:
+        await asyncio.sleep(0)
     return tasks
 
 
@@ -79,7 +98,7 @@ def test_a_pause_that_nobody_ends_ends_by_itself() -> None:
         policy, _ = policy_of()
         tasks = await begun(policy)
         pause = await policy.pause(limit_s=0.05)
-        await asyncio.wait_for(asyncio.gather(*tasks), 5.0)
+        await asyncio.wait_for(asyncio.gather(*tasks), 60.0)
         assert policy.pauses.expired == 1
         assert policy.pause_under_way is None
         assert (await policy.publish(WeightUpdate(1, Path("unread")))).ended_pause != pause.pause_id
@@ -87,27 +106,39 @@ def test_a_pause_that_nobody_ends_ends_by_itself() -> None:
     asyncio.run(run())
 
 
-def test_a_pause_can_be_lengthened_and_says_whether_it_was_unbroken() -> None:
+def test_a_pause_can_be_lengthened_and_says_whether_it_was_unbroken(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        policy, _ = policy_of()
+        policy, _ = policy_of(latency_s=0.0)
         tasks = await begun(policy)
-        first = await policy.pause(limit_s=0.1)
+        first = await policy.pause(limit_s=10.0)
         for _ in range(5):  # longer together than the first limit
-            await asyncio.sleep(0.04)
-            assert (await policy.pause(limit_s=0.1)).pause_id == first.pause_id
+            await asyncio.sleep(4.0)
+            assert (await policy.pause(limit_s=10.0)).pause_id == first.pause_id
         assert not any(task.done() for task in tasks)
-        await asyncio.sleep(0.15)
-        assert (await policy.pause(limit_s=0.1)).pause_id != first.pause_id
-        await asyncio.gather(*tasks)
+        await asyncio.sleep(9.5)
+        assert not any(task.done() for task in tasks)
+        await asyncio.sleep(1.0)
+        assert all(task.done() for task in tasks)
+        second = await policy.pause(limit_s=10.0)
+        assert second.pause_id != first.pause_id
+        assert (await policy.pause(limit_s=1.0)).pause_id == second.pause_id
+        await asyncio.sleep(1.5)
+        assert policy.pause_under_way is None, "it counts from the last call on, also where that is less"
+        assert (policy.pauses.done, policy.pauses.expired) == (2, 2)
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=Unhurried) as runner:
+        loop = runner.get_loop()
+        monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=loop.time, perf_counter=loop.time))
+        runner.run(run())
 
 
 def test_requests_that_come_during_a_pause_wait() -> None:
     async def run() -> None:
         policy, engine = policy_of(latency_s=0.0)
         await policy.pause(limit_s=30.0)
-        tasks = await begun(policy)
+        tasks = await begun(policy, tokens=0)
+        for _ in range(100):
+            await asyncio.sleep(0)
         assert (await engine.stats()).sampled_tokens == 0
         await policy.publish(WeightUpdate(1, Path("unread")))
         assert {v for done in await asyncio.gather(*tasks) for v in done.policy_versions} == {1}

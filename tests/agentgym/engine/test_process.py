@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -49,13 +51,31 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
+
+
+async def held(engine: ProcessEngine) -> tuple[asyncio.Future[tuple[Segment, ...]], int]:
+    """A request of 94 tokens whose engine process stands still (SIGSTOP), having sampled some of it and not all; and
+    how many such requests came to their end before, because this process was late."""
+    for seed in range(100):
+        begun = asyncio.Event()
+        asked = engine.sample([1, 2], SamplingParams(94, seed=seed), lambda *_, begun=begun: begun.set())
+        running = asyncio.ensure_future(asked)
+        await begun.wait()
+        os.kill(engine.pid, signal.SIGSTOP)
+        while "\nState:\tT" not in Path(f"/proc/{engine.pid}/status").read_text():
+            await asyncio.sleep(0.001)
+        await asyncio.wait((running,), timeout=0.05)  # what it has said by now has arrived
+        if not running.done():
+            return running, seed
+        os.kill(engine.pid, signal.SIGCONT)
+    raise AssertionError("the child is always faster")
 
 
 def test_it_samples_what_the_engine_in_process_samples_over_publications(model_of, perturbed, tmp_path: Path) -> None:
@@ -106,14 +126,13 @@ def test_it_samples_what_the_engine_in_process_samples_over_publications(model_o
 def test_a_child_killed_by_kill_9_fails_every_call_with_its_name(model_of) -> None:
     async def main() -> None:
         async with started(model_of("llama")[0], slots=1) as engine:
-            running = [
-                asyncio.ensure_future(segment_of(engine, [1, 2], SamplingParams(94, seed=index))) for index in range(50)
-            ]
+            first, _ = await held(engine)
+            waiting = (segment_of(engine, [1, 2], SamplingParams(94, seed=index)) for index in range(50))
+            running = [first, *map(asyncio.ensure_future, waiting)]
             await asyncio.sleep(0.03)
             os.kill(engine.pid, signal.SIGKILL)
-            results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
-            died = [result for result in results if isinstance(result, EngineDiedError)]
-            assert len(died) >= 40
+            died = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 60)
+            assert all(isinstance(result, EngineDiedError) for result in died)
             assert "was killed by SIGKILL" in str(died[0])
             assert str(engine.pid) in str(died[0])
             with pytest.raises(EngineDiedError, match="SIGKILL"):
@@ -136,6 +155,7 @@ def test_a_child_that_dies_leaves_its_last_words(model_of) -> None:
 
 def test_errors_of_the_start_are_typed_and_leave_no_child(model_of, tmp_path: Path) -> None:
     folder, _ = model_of("llama")
+    before = set(psutil.Process().children())
 
     async def main() -> None:
         nowhere, dtype = await asyncio.gather(
@@ -149,8 +169,9 @@ def test_errors_of_the_start_are_typed_and_leave_no_child(model_of, tmp_path: Pa
         assert "float32, bfloat16, got 'float8'" in str(dtype)
 
     asyncio.run(main())
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert not [pid for pid in children if b"agentgym.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for child in set(psutil.Process().children()) - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert "agentgym.engine.process" not in child.cmdline()
 
 
 def test_closing_ends_the_child_and_whoever_waits(model_of) -> None:
@@ -172,15 +193,18 @@ def test_closing_ends_the_child_and_whoever_waits(model_of) -> None:
 def test_a_cancelled_call_frees_the_slot_in_the_child(model_of) -> None:
     async def main() -> None:
         async with started(model_of("llama")[0], slots=1) as engine:
-            running = [asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90))) for _ in range(20)]
+            first, ended = await held(engine)
+            running = [first, *(asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90))) for _ in range(20))]
             await asyncio.sleep(0.01)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.sleep(0)  # what is said in a turn of the loop goes out at its end
+            os.kill(engine.pid, signal.SIGCONT)
             await segment_of(engine, [2], SamplingParams(1))
             stats = await engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
-            assert stats.sampled_tokens < 300
+            assert stats.sampled_tokens <= 94 * (ended + 1) + 1, "none of those that waited was sampled"
 
     asyncio.run(main())
 
@@ -211,13 +235,13 @@ def test_the_child_leaves_when_its_parent_dies(model_of, end: signal.Signals) ->
     assert torch_in_parent == b"False"
     assert not gone(int(pid))
     parent.send_signal(end)
-    parent.wait(20)
+    parent.wait(60)
     parent.stdout.close()
     assert wait_for(lambda: gone(int(pid)))
 
 
 def test_thousands_of_short_requests_a_second_are_carried(model_of) -> None:
-    """Not a figure, a floor: 2,000 one-token requests over the socket on a busy shared machine."""
+    """Not a figure, a floor: 2,000 one-token requests over the socket; 40 ms for each, one by one, would be 80 s."""
 
     async def main() -> None:
         async with started(model_of("llama")[0], slots=64, max_context=16) as engine:
@@ -225,7 +249,7 @@ def test_thousands_of_short_requests_a_second_are_carried(model_of) -> None:
             segments = await asyncio.gather(
                 *(segment_of(engine, [index % VOCAB], SamplingParams(1, seed=index)) for index in range(2000))
             )
-            assert time.perf_counter() - start < 10
+            assert time.perf_counter() - start < 60
             assert all(len(segment.token_ids) == 1 for segment in segments)
 
     asyncio.run(main())
@@ -238,20 +262,30 @@ def test_tokens_and_kept_spans_come_over_the_socket(model_of, perturbed) -> None
     async def main() -> None:
         async with started(folder) as engine:
             policy = VersionedPolicy(engine)
-            heard: list[tuple[int, float, int, int]] = []
-            begun = asyncio.Event()
 
-            def hear(ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
-                heard.extend((token, value, version, kv_version) for token, value in zip(ids, logprobs, strict=True))
-                begun.set()
+            async def published_meanwhile(version: int) -> bool:
+                heard: list[tuple[int, float, int, int]] = []
+                begun = asyncio.Event()
 
-            running = asyncio.ensure_future(policy.complete([1, 2], SamplingParams(90, seed=1), hear))
-            await begun.wait()
-            await policy.publish(WeightUpdate(1, path), "keep")
-            completion = await running
-            columns = completion.token_ids, completion.logprobs, completion.policy_versions, completion.kv_versions
-            assert heard == list(zip(*columns, strict=True))
-            assert set(completion.policy_versions) == {0, 1}
-            assert set(completion.kv_versions) == {0}
+                def hear(ids: Sequence[int], logprobs: Sequence[float], version: int, kv_version: int) -> None:
+                    heard.extend(
+                        (token, value, version, kv_version) for token, value in zip(ids, logprobs, strict=True)
+                    )
+                    begun.set()
+
+                running = asyncio.ensure_future(policy.complete([1, 2], SamplingParams(90, seed=1), hear))
+                await begun.wait()
+                await policy.publish(WeightUpdate(version, path), "keep")
+                completion = await running
+                columns = completion.token_ids, completion.logprobs, completion.policy_versions, completion.kv_versions
+                assert heard == list(zip(*columns, strict=True))
+                assert set(completion.kv_versions) == {version - 1}
+                assert set(completion.policy_versions) <= {version - 1, version}
+                return len(set(completion.policy_versions)) == 2
+
+            for version in range(1, 51):  # where this process was late, the child had come to the end: once more
+                if await published_meanwhile(version):
+                    return
+            raise AssertionError("no publication of fifty found a request under way")
 
     asyncio.run(main())

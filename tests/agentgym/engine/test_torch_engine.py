@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch_law import TOLERANCE, assert_recorded, engine_of, forward, segment_of
+from torch_law import TOLERANCE, Pace, assert_recorded, engine_of, forward, segment_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from agentgym.engine.gate import VersionedPolicy
@@ -32,7 +32,7 @@ def test_recorded_logprobs_are_the_forward_of_each_version(model_of, perturbed, 
 
     async def main() -> None:
         async with engine_of(folder) as engine:
-            policy = VersionedPolicy(engine)
+            policy, pace = VersionedPolicy(engine), Pace(engine)
             rng = np.random.default_rng(0)
             prompts = [rng.integers(0, VOCAB, rng.integers(1, 30)).tolist() for _ in range(12)]
             heat = [(1.0, 0.6, 0.0)[index % 3] for index in range(12)]
@@ -41,10 +41,9 @@ def test_recorded_logprobs_are_the_forward_of_each_version(model_of, perturbed, 
                 for index, prompt in enumerate(prompts)
             ]
             for version, (path, _) in files.items():
-                wanted = (await engine.stats()).sampled_tokens + 40
-                while (await engine.stats()).sampled_tokens < wanted:
-                    await asyncio.sleep(0.001)
+                await pace.sampled(40)
                 await policy.publish(WeightUpdate(version, path))
+            pace.release()
             seen: set[int] = set()
             for index, (prompt, task) in enumerate(zip(prompts, running, strict=True)):
                 completion = await task
@@ -57,7 +56,7 @@ def test_recorded_logprobs_are_the_forward_of_each_version(model_of, perturbed, 
                     wanted = forward(models[int(version)], prompt, completion.token_ids, heat[index])
                     error = (torch.tensor(completion.logprobs) - wanted).abs()[versions == version]
                     assert error.max() < TOLERANCE
-            assert len(seen) >= 3
+            assert seen == {0, 1, 2, 3}
 
     asyncio.run(main())
 
@@ -157,13 +156,14 @@ def test_pause_interrupts_between_tokens_and_a_paused_engine_takes_nothing(model
 
     async def main() -> None:
         async with engine_of(folder, slots=2) as engine:
+            pace = Pace(engine)
             running = [
                 asyncio.ensure_future(segment_of(engine, [index, 7], SamplingParams(90, seed=index)))
                 for index in range(4)
             ]
-            while (await engine.stats()).sampled_tokens < 20:
-                await asyncio.sleep(0.001)
+            await pace.sampled(20)
             await engine.pause()
+            pace.release()
             sampled = (await engine.stats()).sampled_tokens
             segments = await asyncio.gather(*running)
             assert [segment.finish_reason for segment in segments] == ["abort"] * 4
@@ -185,17 +185,18 @@ def test_a_cancelled_request_frees_its_slot(model_of) -> None:
 
     async def main() -> None:
         async with engine_of(folder, slots=1) as engine:
+            pace = Pace(engine)
             running = asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90, seed=1)))
             waiting = asyncio.ensure_future(segment_of(engine, [2], SamplingParams(90, seed=1)))
-            while (await engine.stats()).sampled_tokens < 3:
-                await asyncio.sleep(0.001)
+            await pace.sampled(3)
             running.cancel()
             waiting.cancel()
             await asyncio.gather(running, waiting, return_exceptions=True)
+            pace.release()
             assert len((await segment_of(engine, [3], SamplingParams(2))).token_ids) == 2
             stats = await engine.stats()
             assert (stats.running, stats.waiting) == (0, 0)
-            assert stats.sampled_tokens < 90
+            assert stats.sampled_tokens <= 3 + 1 + 2
 
     asyncio.run(main())
 
@@ -221,8 +222,9 @@ def test_closing_ends_whoever_waits(model_of) -> None:
 
     async def main() -> None:
         engine = TorchEngine(folder, slots=1, max_context=96)
+        pace = Pace(engine)
         running = [asyncio.ensure_future(segment_of(engine, [1], SamplingParams(90))) for _ in range(3)]
-        await asyncio.sleep(0.01)
+        await pace.sampled(3)
         await engine.close()
         results = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(result, EngineDiedError) for result in results)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch_law import Pace
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from agentgym.engine.gate import VersionedPolicy
@@ -236,17 +237,16 @@ def test_adapters_are_published_while_requests_run(model_of: MakeModel, tmp_path
 
     async def main() -> list[Any]:
         engine = TorchEngine(folder, slots=4, max_context=128)
-        policy = VersionedPolicy(engine)
+        policy, pace = VersionedPolicy(engine), Pace(engine)
         prompts = [[seed + 1, 5, 9] for seed in range(6)]
         running = [
             asyncio.ensure_future(policy.complete(prompt, SamplingParams(max_tokens=90, seed=seed)))
             for seed, prompt in enumerate(prompts)
         ]
         for version in (1, 2, 3):
-            sampled = (await engine.stats()).sampled_tokens
-            while (await engine.stats()).sampled_tokens < sampled + 40:
-                await asyncio.sleep(0.001)
+            await pace.sampled(40)
             await policy.publish(WeightUpdate(version, paths[version]))
+        pace.release()
         done = await asyncio.gather(*running)
         await engine.close()
         return list(zip(prompts, done))

@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 import torch
-from torch_law import TOLERANCE, assert_recorded, engine_of, forward, segment_of
+from torch_law import TOLERANCE, Pace, assert_recorded, engine_of, forward, segment_of
 
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
@@ -120,13 +120,13 @@ def test_kept_requests_run_on_with_old_keys_that_nobody_else_gets(model_of, pert
 
     async def main() -> None:
         async with engine_of(folder, slots=4) as engine:
-            policy = VersionedPolicy(engine)
+            policy, pace = VersionedPolicy(engine), Pace(engine)
             running = [
                 asyncio.ensure_future(policy.complete(prompt, SamplingParams(60, seed=seed))) for seed in range(5)
             ]
-            while (await engine.stats()).sampled_tokens < 40:
-                await asyncio.sleep(0.001)
+            await pace.sampled(40)
             await policy.publish(WeightUpdate(1, path), "keep")
+            pace.release()
             late = asyncio.ensure_future(policy.complete(prompt, SamplingParams(30, seed=9)))
             stale = 0
             for completion in await asyncio.gather(*running):
@@ -159,12 +159,13 @@ def test_an_interrupted_request_goes_on_as_if_it_had_not_been(model_of) -> None:
         async with engine_of(folder) as engine:
             whole = await VersionedPolicy(engine).complete([1, 2, 3], params)
         async with engine_of(folder) as engine:
+            pace = Pace(engine)
             running = asyncio.ensure_future(VersionedPolicy(engine).complete([1, 2, 3], params))
-            for sampled in (7, 20, 33):
-                while (await engine.stats()).sampled_tokens < sampled:
-                    await asyncio.sleep(0)
+            for sampled in (7, 13, 13):
+                await pace.sampled(sampled)
                 await engine.pause()
                 await engine.resume()
+            pace.release()
             broken = await running
             assert (await engine.stats()).prefilled_tokens == 3  # the same weights: nothing is computed twice
         assert broken.token_ids == whole.token_ids

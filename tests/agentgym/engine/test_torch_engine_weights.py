@@ -155,9 +155,9 @@ def test_a_load_that_ends_the_engine_fails_typed_and_does_not_wait_for_ever(mode
         try:
             for _ in range(2):
                 with pytest.raises(EngineDiedError, match="the torch engine failed: RecursionError"):
-                    await asyncio.wait_for(policy.publish(WeightUpdate(1, tmp_path / "deep.safetensors")), 20)
+                    await asyncio.wait_for(policy.publish(WeightUpdate(1, tmp_path / "deep.safetensors")), 60)
             with pytest.raises(EngineDiedError, match="RecursionError"):
-                await asyncio.wait_for(policy.complete([1, 2], SamplingParams(3)), 20)
+                await asyncio.wait_for(policy.complete([1, 2], SamplingParams(3)), 60)
         finally:
             await engine.close()
 

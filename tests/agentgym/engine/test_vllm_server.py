@@ -166,7 +166,7 @@ time.sleep(600)
 """
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 
 from agentgym.engine.protocol import Engine
 from agentgym.engine.torch_engine import TorchEngine
+from agentgym.engine.torch_engine_batch import Outcome
 from agentgym.policy import Completion, SamplingParams, Segment
 
 TOLERANCE = 1e-5
@@ -29,6 +32,33 @@ async def engine_of(folder: Path, slots: int = 6, max_context: int = 96) -> Asyn
         yield engine
     finally:
         await engine.close()
+
+
+class Pace:
+    """Holds an engine behind a number of sampled tokens, with its requests under way, until more are allowed: the
+    event loop of a test may be late, and the engine's thread would be done with everything by then."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self._batch = engine._batch
+        self._step = engine._batch.step
+        self._most = 0.0
+        engine._batch.step = self._held  # type: ignore[method-assign]
+
+    def _held(self) -> list[Outcome]:
+        if self._batch.sampled_tokens >= self._most:
+            time.sleep(0.001)
+            return []
+        return self._step()
+
+    def release(self) -> None:
+        """Samples on to the end."""
+        self._most = float("inf")
+
+    async def sampled(self, tokens: int) -> None:
+        """Lets so many more be sampled (and up to a step's more), and waits for them."""
+        self._most = self._batch.sampled_tokens + tokens
+        while self._batch.sampled_tokens < self._most:
+            await asyncio.sleep(0.001)
 
 
 @torch.no_grad()
