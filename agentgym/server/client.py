@@ -26,8 +26,8 @@ from agentgym.server.wire import Batch, Evaluation, FeedPage, PauseReport, Publi
 
 POLL_S = 5.0  # how long one request of a long wait may take
 STARTUP_S = 180.0  # loading transformers, the model and, for sandboxes, Docker
-ENDING_S = 20.0  # what the service gets to close its environments before it is killed
-DYING_S = 1.0
+ENDING_S = 60.0  # what the service gets to close its environments before it is killed; more than it gives itself
+DYING_S = 1.0  # for one that was silent, and may live
 LOG_LINES = 25
 
 T = TypeVar("T")
@@ -38,16 +38,16 @@ class ServiceClient:
     """One rollout service. Failures of the service arrive as the errors that it raised; one that cannot be reached,
     or is gone, as ServiceError.
 
-    `explain_death` says why the service is gone, or None while it lives; `start_service` gives one for its child.
+    `explain_death` says why the service is gone, or None if it lives for so many seconds more; `start_service` has one.
     """
 
     def __init__(
-        self, url: str, key: str, *, timeout_s: float = 60.0, explain_death: Callable[[], str | None] | None = None
+        self, url: str, key: str, *, timeout_s: float = 60.0, explain_death: Callable[[float], str | None] | None = None
     ) -> None:
         self.url = url.rstrip("/")
         self._key = key
         self._timeout_s = timeout_s
-        self._explain_death = explain_death or (lambda: None)
+        self._explain_death = explain_death or (lambda within_s: None)
         self._http = httpx.Client(
             base_url=f"{self.url}/trainer",
             headers={"Authorization": f"Bearer {key}", "Content-Type": wire.CONTENT_TYPE},
@@ -189,7 +189,9 @@ class ServiceClient:
         try:
             response = send()
         except httpx.TransportError as error:
-            if (death := self._explain_death()) is not None:
+            # a service closes its connections before it ends, and then ends in order; one that says nothing may live
+            within_s = DYING_S if isinstance(error, httpx.TimeoutException) else ENDING_S
+            if (death := self._explain_death(within_s)) is not None:
                 raise ServiceError(f"the rollout service is gone: {death}") from None
             raise ServiceError(
                 f"the rollout service at {self.url} does not answer: {type(error).__name__}: {error}"
@@ -268,18 +270,17 @@ class _Child:
                 raise ServiceError(f"the rollout service was not ready within {timeout_s:.0f} s\n{self._tail()}")
             part = os.read(self._ready, 65536)
             if not part:
-                self.process.wait(ENDING_S)
-                raise ServiceError(f"the rollout service did not start: {self.explain_death()}")
+                raise ServiceError(f"the rollout service did not start: {self.explain_death(ENDING_S) or 'it hangs'}")
             line += part
         hello = json.loads(line)
         if "kind" in hello:
             raise _started_badly(hello)
         return hello["url"], hello["key"]
 
-    def explain_death(self) -> str | None:
-        """Asked after a connection broke, which happens a moment before the process has ended."""
+    def explain_death(self, within_s: float) -> str | None:
+        """Asked after a connection broke, which happens before the process has ended."""
         try:
-            code = self.process.wait(DYING_S)
+            code = self.process.wait(within_s)
         except subprocess.TimeoutExpired:
             return None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

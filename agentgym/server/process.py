@@ -36,7 +36,7 @@ from agentgym.server.service import EngineFactory, RolloutService
 from agentgym.server.settings import ServerSection, ServiceConfig
 
 log = logging.getLogger(__name__)
-ENDING_S = 15.0  # for ending in order; then the process ends out of order
+ENDING_S = 45.0  # for ending in order, which a busy machine makes long; then the process ends out of order
 PARENT_S = 0.5  # between two looks at the parent
 KEEP_ALIVE_S = 75  # longer than clients keep theirs, so that a request never meets a connection that is being closed
 KEY_FILE = "trainer.key"

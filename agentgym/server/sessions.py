@@ -39,7 +39,7 @@ from agentgym.trajectory import EpisodeStatus, Trajectory
 log = logging.getLogger(__name__)
 SWEEP_S = 1.0  # between two looks for sessions whose time is up
 KEPT_ENDED = 1024  # ended sessions that can still be asked about
-BUSY_S = 2.0  # how long the end of a session waits for the answers to its last requests
+BUSY_LOOKS, LOOK_S = 100, 0.02  # how long the end of a session waits for the answers to its last requests
 
 
 class SessionState(StrEnum):
@@ -336,9 +336,9 @@ class Sessions:
             raise InputError("components must name at least one reward, or `invalid` say why there is none")
         if invalid is None and not score.valid:
             raise InputError(score.why)
-        deadline = time.monotonic() + BUSY_S
-        while session.num_under_way and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)  # a client that hung up is noticed in a moment
+        for _ in range(BUSY_LOOKS):  # a client that hung up is noticed in a moment, unless all this stands still
+            if session.num_under_way:
+                await asyncio.sleep(LOOK_S)
         self.get(session_id)
         if session.num_under_way:
             raise SessionBusyError(f"{session.num_under_way} requests of session {session_id} are still being answered")
