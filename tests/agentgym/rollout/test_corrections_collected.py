@@ -68,7 +68,7 @@ async def collected(
             collector.restore(position)
         collector.collect(True)
         for version in range(num_batches):
-            batch = await collector.take(version, 20.0, step=version + 1)
+            batch = await collector.take(version, 200.0, step=version + 1)
             assert batch is not None
             batches.append(batch)
             await collector.publish(WeightUpdate(version + 1, Path("unread")))
