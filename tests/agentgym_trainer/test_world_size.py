@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradient_worker import CASES
 
+pytestmark = pytest.mark.timeout(900)  # three runs
 WORKER = Path(__file__).with_name("gradient_worker.py")
 
 
@@ -26,7 +27,7 @@ def run_worker(out: Path, micro_batch_tokens: int, num_processes: int) -> dict[s
             "1",
         ]
         command = [*launch, *rest, "--main_process_port", "0", *command[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 

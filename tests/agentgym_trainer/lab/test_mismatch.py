@@ -22,6 +22,7 @@ from agentgym_trainer.lab.mismatch_command import Setup, compare, show
 from agentgym_trainer.lab.mismatch_engines import VllmServer
 from agentgym_trainer.lab.mismatch_report import shown, to_json, verdict
 
+pytestmark = pytest.mark.timeout(900)  # whole services
 FEW = {"num_prompts": 6, "num_tokens": 24, "context": 320}
 
 
