@@ -48,9 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 @pytest.fixture(scope="module")
 def server(folders: tuple[Path, Path, Path], vllm_python: Path, tmp_path_factory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    kept = socket.socket()  # keeps the port from everybody but the server, which reuses addresses as this does
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    port = kept.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [
         str(vllm_python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folders[2]),
@@ -80,6 +81,7 @@ def server(folders: tuple[Path, Path, Path], vllm_python: Path, tmp_path_factory
                 time.sleep(0.5)
         yield url
     finally:
+        kept.close()
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
@@ -89,7 +91,7 @@ def server(folders: tuple[Path, Path, Path], vllm_python: Path, tmp_path_factory
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_raw_logprobs_and_then_a_prefix_cache_that_outlived_its_weights(
     server: str, folders: tuple[Path, Path, Path]
 ) -> None:
@@ -105,7 +107,7 @@ def test_raw_logprobs_and_then_a_prefix_cache_that_outlived_its_weights(
     assert again.diagnosis.cause is None
 
     shutil.copyfile(new / "model.safetensors", live / "model.safetensors")
-    httpx.post(f"{server}/collective_rpc", json={"method": "reload_weights"}, timeout=60.0).raise_for_status()
+    httpx.post(f"{server}/collective_rpc", json={"method": "reload_weights"}, timeout=300.0).raise_for_status()
     result = compare(Setup(str(new), vllm_url=server, previous=(old,)), Questions((1.0,), 8, 24, 200))
     seen = result.phases[0].diagnosis
     assert seen.cause == "stale_prefix_cache", str(seen)
