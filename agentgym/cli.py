@@ -113,7 +113,7 @@ def serve(
     vllm_url: Annotated[list[str] | None, typer.Option(help="A vLLM server that runs already; repeat it.")] = None,
     run_dir: Annotated[Path, typer.Option(help="Where trajectories and the trainer's key go.")] = Path("runs/serve"),
 ) -> None:
-    """Run the rollout service: an OpenAI-compatible server with token ids, logprobs and policy versions."""
+    """Run the rollout service: a server that speaks OpenAI's API and Anthropic's, with ids, logprobs and versions."""
     from agentgym.server.models import resolve_model
     from agentgym.server.process import serve as run
     from agentgym.server.settings import ServiceConfig

@@ -10,6 +10,7 @@ from agentgym import __version__
 from agentgym.server.door import Door, Limits
 from agentgym.server.health import Health
 from agentgym.server.keys import Keyring, Principal
+from agentgym.server.messages_api import MessagesSurface
 from agentgym.server.metrics import Metrics
 from agentgym.server.openai_answering import Answering, ConversationOf
 from agentgym.server.openai_api import OpenAiSurface
@@ -31,6 +32,7 @@ def create_app(service: RolloutService, keyring: Keyring, stop: Callable[[], Non
     app = FastAPI(title="agentgym rollout service", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(OpenAiSurface(answering).router())
     app.include_router(ResponsesSurface(answering).router())
+    app.include_router(MessagesSurface(answering).router())
     app.include_router(sessions_router(service.sessions, keyring, service.model_name))
     app.include_router(trainer_router(service, stop), include_in_schema=False)  # msgpack, for our own client
     app.include_router(health.router())

@@ -21,8 +21,9 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentgym.server.connection import Connection, ConnectionLimits
-from agentgym.server.keys import ACTOR, Keyring, Principal, bearer_of
+from agentgym.server.keys import ACTOR, Keyring, Principal, bearers_of
 from agentgym.server.logs import visiting
+from agentgym.server.messages_errors import is_messages
 from agentgym.server.metrics import Metrics
 from agentgym.server.openai_errors import RETRY_AFTER_S, is_trainers, refusal
 from agentgym.server.settings import ServerSection
@@ -33,7 +34,10 @@ access = logging.getLogger("agentgym.server.access")
 CLIENT_GONE = 499  # what nginx writes; nobody receives it
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 _SESSION_READS = re.compile(r"/v1(/sessions/[^/]+)?/models(/.*)?|/v1/sessions/[^/]+")
-_SESSION_CHATS = re.compile(r"/v1(/sessions/[^/]+)?/(chat/completions|responses)")
+_SESSION_CHATS = re.compile(
+    r"/v1(/sessions/[^/]+)?/(chat/completions|responses|messages(/count_tokens)?)"
+    r"|/v1/sessions/[^/]+/v1/messages(/count_tokens)?"
+)
 SHARES = 4  # no session's bearer has more than such a part of the requests that run: an agent may be hostile
 CUT_S = 1.0  # for requests that are cut off to say so
 WAITING_REPORT_S = 2.0  # between two lines on what a drain waits for
@@ -117,7 +121,7 @@ class Door:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         visit = Visit(scope["method"])
-        sender = _Sender(visit, send)
+        sender = _Sender(visit, scope["path"], send)
         with visiting(visit):
             visit.after.callback(self._end, visit, scope)  # the last of all that is put away
             try:
@@ -158,11 +162,15 @@ class Door:
     def _identify(self, path: str, headers: dict[bytes, bytes]) -> Principal | None:
         if path in OPEN_PATHS:
             return None
-        principal = self._keyring.identify(bearer_of(headers.get(b"authorization", b"")))
+        bearer, other = bearers_of(headers, with_api_key=not is_trainers(path))
+        if other is not None:  # one of them may be a session's, whose requests must not go on unrecorded
+            raise _Refused(401, "ServiceError", "Authorization and x-api-key differ; send one", "invalid_api_key")
+        principal = self._keyring.identify(bearer)
         trainer = principal is not None and principal.role == "trainer"
         if principal is None or trainer != is_trainers(path):
+            also = "" if is_trainers(path) else " or 'x-api-key: KEY'"
             raise _Refused(
-                401, "ServiceError", "this needs the header 'Authorization: Bearer KEY'", "invalid_api_key",
+                401, "ServiceError", f"this needs the header 'Authorization: Bearer KEY'{also}", "invalid_api_key",
                 www_authenticate="Bearer",
             )  # fmt: skip
         if principal == ACTOR and self._keyring.keys.openai is None and not _names_no_domain(headers.get(b"host", b"")):
@@ -283,11 +291,13 @@ class Door:
 class _Sender:
     """`send` that puts the request's id on the answer and sees how far it got."""
 
-    def __init__(self, visit: Visit, send: Send) -> None:
+    def __init__(self, visit: Visit, path: str, send: Send) -> None:
         self.started = False
         self.complete = False
         self.gone = False  # the caller closed the connection
         self._visit = visit
+        # Anthropic's client looks for another header than OpenAI's
+        self._names = (b"x-request-id", b"request-id") if is_messages(path) else (b"x-request-id",)
         self._send = send
 
     async def __call__(self, message: Message) -> None:
@@ -295,7 +305,8 @@ class _Sender:
         if message["type"] == "http.response.start":
             self.started = True
             self._visit.status = message["status"]
-            headers = [*message.get("headers", ()), (b"x-request-id", self._visit.request_id.encode())]
+            request_id = self._visit.request_id.encode()
+            headers = [*message.get("headers", ()), *((name, request_id) for name in self._names)]
             message = {**message, "headers": headers}
         self.complete = self.complete or last
         await self._send(message)
@@ -352,6 +363,4 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _answer(path: str, refused: _Refused) -> Response:
-    return refusal(
-        is_trainers(path), refused.status, refused.kind, str(refused), code=refused.code, headers=refused.headers
-    )
+    return refusal(path, refused.status, refused.kind, str(refused), code=refused.code, headers=refused.headers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,6 +84,20 @@ def bearer_of(header: bytes) -> str | None:
     if scheme.lower() != b"bearer" or not given.strip():
         return None
     return given.strip().decode("utf-8", "replace")
+
+
+def bearers_of(headers: Mapping[bytes, bytes], *, with_api_key: bool) -> tuple[str | None, str | None]:
+    """The bearer of a request, and another one if it names two; `with_api_key`: also by the header `x-api-key`, as
+    Anthropic's clients send it.
+
+    >>> bearers_of({b"x-api-key": b"k"}, with_api_key=True)
+    ('k', None)
+    """
+    bearer = bearer_of(headers.get(b"authorization", b""))
+    key = headers.get(b"x-api-key", b"").strip().decode("utf-8", "replace") if with_api_key else ""
+    if not key or bearer == key:
+        return bearer, None
+    return (key, None) if bearer is None else (bearer, key)
 
 
 def _same(given: str, key: str) -> bool:

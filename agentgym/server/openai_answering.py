@@ -18,7 +18,7 @@ from agentgym.server.keys import Principal
 from agentgym.server.openai_answers import Answer
 from agentgym.server.openai_errors import ParameterError, TooLongError, UnknownModelError
 from agentgym.server.openai_requests import SampledRequest, check_vocabulary
-from agentgym.server.replies import Conversation, Exchange, Question, Replies, Reply, Sampling, Tell
+from agentgym.server.replies import Conversation, Exchange, Question, Replies, Reply, Sampling, Tell, render
 from agentgym.server.visit import Visit
 
 ConversationOf = Callable[[Principal, str | None], Conversation]
@@ -92,6 +92,15 @@ class Answering:
 
         return await self.answer(visit, body, answer, exchange.prompt_ids, sampling, sample)
 
+    async def count(
+        self, visit: Visit, session_id: str | None, messages: Sequence[Message], tools: Sequence[ToolSpec]
+    ) -> int:
+        """How many tokens the prompt of a conversation has, encoded anew; nothing is sampled or recorded."""
+        assert visit.principal is not None
+        visit.session_id = self._conversation_of(visit.principal, session_id).session_id
+        self.replies.check_size(messages, tools)
+        return len(await render(self.replies.renderer, messages, tools))
+
     async def answer(
         self,
         visit: Visit,
@@ -127,7 +136,7 @@ class Answering:
         try:
             self.replies.plan(prompt_ids, sampling, None)
         except PromptTooLongError as error:  # said in the words of the request's own dialect
-            param = body.PROMPT if sampling.max_tokens is None else body.LENGTH
+            param = body.PROMPT if sampling.max_tokens is None or sampling.cut else body.LENGTH
             raise TooLongError(param, str(error).replace("max_tokens", body.LENGTH)) from error
 
 

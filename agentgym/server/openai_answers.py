@@ -55,6 +55,7 @@ class Answer(Protocol):
     """How one kind of answer is written."""
 
     END: ClassVar[bytes]  # what a stream that did not fail ends with, behind its last chunk
+    ALIVE: ClassVar[bytes]  # what says in quiet times that the connection lives
 
     def whole(self, replies: Sequence[Reply]) -> dict[str, Any]: ...
 
@@ -74,8 +75,8 @@ class Answer(Protocol):
         """The chunk that says how many tokens it all took, for whom asks for it."""
         ...
 
-    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
-        """The last chunk of a stream that failed, from OpenAI's error object."""
+    def failure(self, status: int, error: dict[str, Any]) -> dict[str, Any]:
+        """The last chunk of a stream that failed, from OpenAI's error object and the status it would have."""
         ...
 
 
@@ -96,10 +97,14 @@ def our_fields(request: SampledRequest, part: Part) -> dict[str, Any]:
     return ours
 
 
+COMMENT = b": sampling\n\n"
+
+
 class _Answer:
     """What both kinds share: the envelope, and our own fields."""
 
     END: ClassVar[bytes] = b"data: [DONE]\n\n"
+    ALIVE: ClassVar[bytes] = COMMENT
 
     def __init__(self, request: ChoicesRequest, prefix: str, kind: str, chunk_kind: str) -> None:
         self._request = request
@@ -120,7 +125,7 @@ class _Answer:
     def usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
         return self._chunk() | {"usage": usage(replies)}
 
-    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+    def failure(self, status: int, error: dict[str, Any]) -> dict[str, Any]:
         return {"error": error}
 
     def _ours(self, part: Part) -> dict[str, Any]:

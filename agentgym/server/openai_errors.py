@@ -24,6 +24,7 @@ from agentgym.errors import (
     VersionError,
 )
 from agentgym.server import wire
+from agentgym.server.messages_errors import error_answer, is_messages, status_of
 from agentgym.server.replies import DeadlineError
 from agentgym.server.sessions_errors import SessionBusyError, SessionEndedError, SessionLimitError, UnknownSessionError
 from agentgym.server.sessions_retries import KeyReusedError
@@ -70,7 +71,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def refusal(
-    for_trainer: bool,
+    path: str,
     status: int,
     kind: str,
     message: str,
@@ -79,11 +80,13 @@ def refusal(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """An error as a response."""
-    if for_trainer:
+    """An error as a response, in the dialect that is spoken at `path`."""
+    if is_trainers(path):
         return Response(wire.encode(wire.Fault(kind, message)), status, headers, wire.CONTENT_TYPE)
-    body = msgspec.json.encode({"error": error_body(status, message, param, code)})
-    return Response(body, status, headers, "application/json")
+    body: dict[str, Any] = {"error": error_body(status, message, param, code)}
+    if is_messages(path):
+        body, status = error_answer(status, body["error"]["message"], code), status_of(status)
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
 def error_body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
@@ -141,28 +144,28 @@ async def _on_error(request: Request, error: Exception) -> Response:
     request.state.visit.failed = type(error).__name__
     kind = "InputError" if isinstance(error, ParameterError) else type(error).__name__
     headers = _headers(error, status)
-    for_trainer = is_trainers(request.url.path)
-    text = str(error) if for_trainer else body["message"]
-    return refusal(for_trainer, status, kind, text, param=body["param"], code=body["code"], headers=headers)
+    path = request.url.path
+    text = str(error) if is_trainers(path) else body["message"]
+    return refusal(path, status, kind, text, param=body["param"], code=body["code"], headers=headers)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # of the branches of a union, the one that got furthest is the one that was meant
     problem: Mapping[str, Any] = max(error.errors(), key=lambda one: _depth(one["loc"]))
-    path = parameter_path(problem["loc"])
+    name = parameter_path(problem["loc"])
     if problem["type"] == "extra_forbidden":
         *before, key = problem["loc"]  # the caller's own word, which may look like anything
-        path = ".".join(filter(None, (parameter_path(tuple(before)), key[:_MOST_NAME] or "(empty)")))
-        message = f"unknown parameter '{path}'"
+        name = ".".join(filter(None, (parameter_path(tuple(before)), key[:_MOST_NAME] or "(empty)")))
+        message = f"unknown parameter '{name}'"
     elif problem["type"] == "json_invalid":
-        path, message = "", f"the body is not valid JSON: {problem['ctx']['error']}"
+        name, message = "", f"the body is not valid JSON: {problem['ctx']['error']}"
     elif problem["type"] == "missing":
-        message = f"the parameter {path!r} is missing" if path else "the request needs a body"
+        message = f"the parameter {name!r} is missing" if name else "the request needs a body"
     else:
-        message = f"{path or 'the body'}: {problem['msg']}"
+        message = f"{name or 'the body'}: {problem['msg']}"
     request.state.visit.failed = "InputError"
-    return refusal(is_trainers(request.url.path), 400, "InputError", message, param=path or None)
+    return refusal(request.url.path, 400, "InputError", message, param=name or None)
 
 
 def _depth(loc: tuple[Any, ...]) -> tuple[int, int]:
@@ -195,18 +198,18 @@ async def _on_http(request: Request, error: Exception) -> Response:
         message = f"{request.method} is not a method of {request.url.path[:200]!r}"
     request.state.visit.failed = f"HTTP{error.status_code}"
     headers = dict(error.headers or {})
-    return refusal(is_trainers(request.url.path), error.status_code, "ServiceError", message, headers=headers)
+    return refusal(request.url.path, error.status_code, "ServiceError", message, headers=headers)
 
 
 async def _on_depth(request: Request, error: Exception) -> Response:
     """JSON may nest deeper than what reads it: a template, a message's repr."""
     log.warning("a request nests too deeply: %s", error)
     request.state.visit.failed = "InputError"
-    return refusal(is_trainers(request.url.path), 400, "InputError", "the body nests too deeply", code="too_deep")
+    return refusal(request.url.path, 400, "InputError", "the body nests too deeply", code="too_deep")
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     kind = request.state.visit.failed = type(error).__name__
-    for_trainer = is_trainers(request.url.path)
-    message = f"{kind}: {error}" if for_trainer else f"a bug of the server ({kind}); its log says more"
-    return refusal(for_trainer, 500, "ServiceError", message)
+    path = request.url.path
+    message = f"{kind}: {error}" if is_trainers(path) else f"a bug of the server ({kind}); its log says more"
+    return refusal(path, 500, "ServiceError", message)

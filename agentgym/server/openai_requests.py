@@ -92,22 +92,17 @@ class StreamOptions(BaseModel):
 
 
 class SampledRequest(BaseModel):
-    """What all requests share that sample. `NEUTRAL` names the parameters that are taken with these values only, which
-    is the same as leaving them out, and `MENDS` says of some what to do instead of them."""
+    """What all requests share that sample, in every dialect. `NEUTRAL` names the parameters that are taken with these
+    values only, which is the same as leaving them out, and `MENDS` says of some what to do instead of them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         "top_p": (1.0,),
         "top_k": (-1, 0),
-        "min_p": (0.0,),
-        "presence_penalty": (0.0,),
-        "frequency_penalty": (0.0,),
-        "repetition_penalty": (1.0,),
-        "logit_bias": ({},),
     }
     MENDS: ClassVar[dict[str, str]] = {}
-    LABELS: ClassVar[tuple[str, ...]] = ("user",)
+    LABELS: ClassVar[tuple[str, ...]] = ()
     PROMPT: ClassVar[str] = "messages"  # the parameter that a prompt is made of
     LENGTH: ClassVar[str] = "max_tokens"  # the one that says how many tokens to sample
 
@@ -119,9 +114,6 @@ class SampledRequest(BaseModel):
         description=f"0 (greedy), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}; default 1",
     )
     seed: Seed | None = Field(None, description="the same seed under the same version draws the same tokens")
-    stop: Stop | list[Stop] | None = Field(
-        None, description=f"up to {MAX_STOPS} strings; the text ends before the first one, the tokens behind it"
-    )
     stop_token_ids: TokenIds | None = Field(
         None, max_length=MAX_STOPS, description=f"up to {MAX_STOPS} ids that end a reply, besides the template's own"
     )
@@ -129,36 +121,23 @@ class SampledRequest(BaseModel):
     timeout_s: float | None = Field(None, gt=0.0, description="ours: seconds for the whole answer; status 504 behind")
     return_token_ids: bool = Field(False, description="ours: the ids of the prompt and of each sampled token")
     return_policy_versions: bool = Field(False, description="ours: `policy_versions` and `kv_versions` of each token")
-    user: str | None = None
     top_p: float | None = None
     top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
 
     def check(self) -> None:
         """Raises ParameterError for a parameter that this server cannot honour."""
-        for name, allowed in self.NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                mend = self.MENDS.get(name, f"leave it out or send {allowed[0]!r}" if allowed else "leave it out")
-                raise ParameterError(name, f"{name}={short(value)} is not supported here; {mend}")
+        check_neutral(self, self.NEUTRAL, self.MENDS)
         if self.temperature is not None and 0.0 < self.temperature < MIN_TEMPERATURE:
             raise ParameterError("temperature", f"temperature must be 0 or >= {MIN_TEMPERATURE}")
-        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
-            raise ParameterError("stop", f"stop may hold at most {MAX_STOPS} strings, got {len(self.stop)}")
 
     def sampling(self) -> Sampling:
         """How to sample, said in our own words."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
             n=self._num_replies(),
             max_tokens=self._most(),
             temperature=1.0 if self.temperature is None else self.temperature,
             seed=None if self.seed is None else self.seed % 2**64,
-            stop=stop,
+            stop=self._stops(),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             timeout_s=self.timeout_s,
         )
@@ -170,13 +149,48 @@ class SampledRequest(BaseModel):
         """How many tokens to sample at most; None: as many as fit."""
         raise NotImplementedError
 
+    def _stops(self) -> tuple[str, ...]:
+        """The strings that end a reply's text."""
+        raise NotImplementedError
+
     @property
     def wants_usage(self) -> bool:
         """Whether a stream is to say how many tokens it took in a chunk of its own."""
         return False
 
 
-class ChoicesRequest(SampledRequest):
+class OpenAiRequest(SampledRequest):
+    """What all of OpenAI's share."""
+
+    NEUTRAL = SampledRequest.NEUTRAL | {
+        "min_p": (0.0,),
+        "presence_penalty": (0.0,),
+        "frequency_penalty": (0.0,),
+        "repetition_penalty": (1.0,),
+        "logit_bias": ({},),
+    }
+    LABELS = ("user",)
+
+    stop: Stop | list[Stop] | None = Field(
+        None, description=f"up to {MAX_STOPS} strings; the text ends before the first one, the tokens behind it"
+    )
+    user: str | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
+            raise ParameterError("stop", f"stop may hold at most {MAX_STOPS} strings, got {len(self.stop)}")
+
+    def _stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChoicesRequest(OpenAiRequest):
     """What chat and plain completions share: they are answered with choices."""
 
     max_tokens: int | None = Field(None, ge=1, description="tokens to sample at most")
@@ -201,7 +215,7 @@ class ChoicesRequest(SampledRequest):
 class ChatRequest(ChoicesRequest):
     """The body of `POST /v1/chat/completions`."""
 
-    NEUTRAL = SampledRequest.NEUTRAL | {
+    NEUTRAL = OpenAiRequest.NEUTRAL | {
         "tool_choice": ("auto", "none"),
         "top_logprobs": (0,),
         "response_format": ({"type": "text"},),
@@ -268,7 +282,7 @@ class CompletionRequest(ChoicesRequest):
     """The body of `POST /v1/completions`."""
 
     PROMPT = "prompt"
-    NEUTRAL = SampledRequest.NEUTRAL | {"echo": (False,), "best_of": (1,), "suffix": ("",), "logprobs": (0,)}
+    NEUTRAL = OpenAiRequest.NEUTRAL | {"echo": (False,), "best_of": (1,), "suffix": ("",), "logprobs": (0,)}
 
     prompt: (
         str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
@@ -291,6 +305,15 @@ class CompletionRequest(ChoicesRequest):
         if not prompt:
             raise ParameterError("prompt", "prompt must have at least one token")
         return prompt  # pyright: ignore[reportReturnType]
+
+
+def check_neutral(body: BaseModel, neutral: Mapping[str, tuple[Any, ...]], mends: Mapping[str, str]) -> None:
+    """Raises ParameterError for a parameter of `neutral` with another value than those there."""
+    for name, allowed in neutral.items():
+        value = getattr(body, name)
+        if value is not None and value not in allowed:
+            mend = mends.get(name, f"leave it out or send {allowed[0]!r}" if allowed else "leave it out")
+            raise ParameterError(name, f"{name}={short(value)} is not supported here; {mend}")
 
 
 def check_vocabulary(param: str, token_ids: list[int], vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from agentgym.server.openai_errors import describe
 from agentgym.server.replies import Reply, Tell, TokenEvent
 from agentgym.server.visit import Visit
 
-HEARTBEAT_S = 15.0  # without an event for so long, a comment says that the connection lives
+HEARTBEAT_S = 15.0  # without an event for so long, something says that the connection lives
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # for proxies that would collect it first
 
@@ -87,12 +87,12 @@ async def events(
             chunks = [_event(chunk) for chunk in answer.chunks(*told)]
         if chunks or time.monotonic() - said >= HEARTBEAT_S:
             said = time.monotonic()
-            yield b"".join(chunks) or b": sampling\n\n"
+            yield b"".join(chunks) or answer.ALIVE
     try:
         replies = await stream.replies
     except AgentGymError as error:
         visit.failed = type(error).__name__
-        yield _event(answer.failure(describe(error)[1]))
+        yield _event(answer.failure(*describe(error)))
         return
     for rest in ending(answer, replies, wants_usage):
         yield rest

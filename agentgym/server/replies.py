@@ -14,7 +14,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +48,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()  # besides those that close a turn
     timeout_s: float | None = None  # None: the server's limit
     left: int | None = None  # tokens that each reply may have at most, whatever was asked for; None: no such limit
+    # max_tokens that the context has no room for: cut to it instead of refused. How a dialect says it, not what it asks
+    # (repr: what tells two questions apart), so that one question is one in every dialect.
+    cut: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Reply:
     text: str
     finish_reason: FinishReason
     message: Message
+    stopped: str | None = None  # the stop string that ended it; None: none did
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +152,13 @@ class Replies:
             raise InputError("a prompt must have at least one token")
         room = self.max_context - len(prompt_ids)
         most = sampling.max_tokens
-        if room < 1 or (most is not None and most > room):
-            asked = "" if most is None else f" and max_tokens {most}"
+        if room < 1 or (most is not None and most > room and not sampling.cut):
+            asked = "" if most is None or sampling.cut else f" and max_tokens {most}"
             raise PromptTooLongError(
                 f"a prompt of {len(prompt_ids)} tokens{asked} does not fit the context of {self.max_context} tokens"
             )
         stops = tuple(dict.fromkeys((*self.renderer.stop_token_ids, *sampling.stop_token_ids)))
-        most = min(most or room, room if sampling.left is None else max(sampling.left, 1))
+        most = min(most or room, room, room if sampling.left is None else max(sampling.left, 1))
         first = SamplingParams(most, sampling.temperature, stops, sampling.seed, session_id)
         if sampling.seed is None:
             return [first] * sampling.n
@@ -227,12 +231,13 @@ class Replies:
         if taker.text.stopped is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await sampling
-            return self._reply(prompt_ids, taker.completion(), taker.text.text, "stop", tools)
+            return self._reply(prompt_ids, taker.completion(), taker.text.text, "stop", tools, taker.text.stopped)
         completion = sampling.result()
         if taker.token_ids != list(completion.token_ids):
             raise EngineError("the engine told other tokens than those of its completion")
         taker.finish()
-        return self._reply(prompt_ids, completion, taker.text.text, completion.finish_reason, tools)
+        reason, stopped = completion.finish_reason, taker.text.stopped  # by what was held back until now
+        return self._reply(prompt_ids, completion, taker.text.text, reason, tools, stopped)
 
     def _reply(
         self,
@@ -241,8 +246,9 @@ class Replies:
         text: str,
         finish_reason: FinishReason,
         tools: Sequence[ToolSpec],
+        stopped: str | None = None,
     ) -> Reply:
-        return Reply(tuple(prompt_ids), completion, text, finish_reason, self._message(text, tools))
+        return Reply(tuple(prompt_ids), completion, text, finish_reason, self._message(text, tools), stopped)
 
     def _message(self, text: str, tools: Sequence[ToolSpec]) -> Message:
         """Calls are read where tools were offered. One that could not be read has no name to call: it is shown as what

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from agentgym.messages import ToolCall, ToolSpec
-from agentgym.server.openai_answers import Decode, Part, our_fields, token_logprobs
+from agentgym.server.openai_answers import COMMENT, Decode, Part, our_fields, token_logprobs
 from agentgym.server.replies import Reply
 from agentgym.server.responses_requests import ResponsesRequest
 from agentgym.server.text_stream import ContentStream
@@ -25,6 +25,7 @@ class ResponseAnswer:
     """A `response` object and its events; `content` tells content from calls."""
 
     END: ClassVar[bytes] = b""
+    ALIVE: ClassVar[bytes] = COMMENT
 
     def __init__(
         self, request: ResponsesRequest, tools: Sequence[ToolSpec], decode: Decode, content: ContentStream
@@ -76,7 +77,7 @@ class ResponseAnswer:
     def usage(self, replies: Sequence[Reply]) -> dict[str, Any]:
         raise NotImplementedError("the last event says it")
 
-    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+    def failure(self, status: int, error: dict[str, Any]) -> dict[str, Any]:
         return self._event("error", code=error["code"], message=error["message"], param=error["param"])
 
     # ------------------------------------------------------------------------------------------------------- parts

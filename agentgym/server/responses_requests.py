@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from agentgym.messages import Message, ToolSpec
 from agentgym.server.openai_errors import ParameterError
 from agentgym.server.openai_requests import (
-    SampledRequest,
+    OpenAiRequest,
     check_names,
     check_no_others,
     check_not_strict,
@@ -55,12 +55,12 @@ class ResponseStreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponsesRequest(SampledRequest):
+class ResponsesRequest(OpenAiRequest):
     """The body of `POST /v1/responses`."""
 
     PROMPT = "input"
     LENGTH = "max_output_tokens"
-    NEUTRAL = SampledRequest.NEUTRAL | {
+    NEUTRAL = OpenAiRequest.NEUTRAL | {
         "tool_choice": ("auto", "none"),
         "top_logprobs": (0,),
         "text": ({"format": {"type": "text"}}, {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentgym.server.keys import ACTOR, TRAINER, Keyring, Keys, Principal, bearer_of
+from agentgym.server.keys import ACTOR, TRAINER, Keyring, Keys, Principal, bearer_of, bearers_of
 
 LOCKED = Keys("the-trainers-key", "the-actors-key")
 OPEN = Keys("the-trainers-key", None)
@@ -53,3 +53,22 @@ def test_a_sessions_bearer_means_it_until_it_is_revoked(keys: Keys) -> None:
 )
 def test_the_bearer_of_a_header(header: bytes, bearer: str | None) -> None:
     assert bearer_of(header) == bearer
+
+
+@pytest.mark.parametrize(
+    ("authorization", "api_key", "bearers"),
+    [
+        (b"Bearer abc", b"", ("abc", None)),
+        (b"", b" abc ", ("abc", None)),
+        (b"Bearer abc", b"abc", ("abc", None)),
+        (b"Bearer abc", b"def", ("abc", "def")),
+        (b"Basic abc", b"def", ("def", None)),
+        (b"", b"", (None, None)),
+    ],
+)
+def test_a_bearer_may_come_by_another_header(
+    authorization: bytes, api_key: bytes, bearers: tuple[str | None, str | None]
+) -> None:
+    headers = {b"authorization": authorization, b"x-api-key": api_key}
+    assert bearers_of(headers, with_api_key=True) == bearers
+    assert bearers_of(headers, with_api_key=False) == (bearer_of(authorization), None)

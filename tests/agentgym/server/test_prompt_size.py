@@ -67,11 +67,15 @@ def test_every_route_refuses_it_in_its_own_words(server: Any) -> None:
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": huge}]}),
             (f"/v1/sessions/{session['id']}/chat/completions", {"messages": [{"role": "user", "content": huge}]}),
             ("/v1/responses", {"input": huge}),
+            ("/v1/messages", {"messages": [{"role": "user", "content": huge}], "max_tokens": 3}),
             ("/v1/completions", {"prompt": huge}),
         ):
             answer = http.post(path, json={"model": "small", **body})
             error = answer.json()["error"]
             assert answer.status_code == 400, (path, answer.text)
-            assert error["code"] == "context_length_exceeded"
             assert "tokens or more, does not fit the context of 120 tokens" in error["message"], path
-            assert error["param"] == next(iter(body))
+            if path == "/v1/messages":
+                assert error["message"].startswith("prompt is too long: ")
+                assert error["details"] == {"error_code": "context_length_exceeded"}
+            else:
+                assert (error["code"], error["param"]) == ("context_length_exceeded", next(iter(body)))

@@ -12,6 +12,8 @@ import pytest
 from fastapi.routing import APIRoute
 
 from agentgym.server.health import Health
+from agentgym.server.messages_api import MessagesSurface
+from agentgym.server.messages_requests import MessagesRequest
 from agentgym.server.metrics import Metrics
 from agentgym.server.openai_answering import Answering
 from agentgym.server.openai_api import OpenAiSurface
@@ -56,7 +58,8 @@ def _json(value: Any) -> str:
 def routes() -> list[str]:
     nothing: Any = None
     answering = Answering("m", 1, Replies(nothing, nothing, 1, 1.0), nothing)
-    surfaces = (OpenAiSurface(answering), ResponsesSurface(answering), Health(nothing, Metrics()))
+    spoken = (OpenAiSurface(answering), ResponsesSurface(answering), MessagesSurface(answering))
+    surfaces = (*spoken, Health(nothing, Metrics()))
     rows = ["| route | |", "|---|---|"]
     for surface in surfaces:
         for route in surface.router().routes:
@@ -105,6 +108,7 @@ TABLES = {
     "routes": routes,
     "chat parameters": lambda: parameters(ChatRequest),
     "responses parameters": lambda: parameters(ResponsesRequest),
+    "messages parameters": lambda: parameters(MessagesRequest),
     "completion parameters": lambda: parameters(CompletionRequest),
     "settings": configuration,
     "figures": figures,
