@@ -59,9 +59,9 @@ def test_a_run_trains_on_corrections_beside_plain_groups_and_resumes(tmp_path: P
         assert roles[:2] == ["user", "assistant"]
         assert roles[-1] == "user"
 
-    stderr = train(folder, "--resume", "trainer.steps=6")
+    stderr = train(folder, "--resume", "trainer.steps=7")
     assert "resumed after step 4" in stderr
-    resumed = revisions_of(folder, range(5, 7))
+    resumed = revisions_of(folder, range(5, 8))
     assert resumed
     assert not {revision.group_id for revision in resumed} & {revision.group_id for revision in revisions}
     assert metrics_of(folder)[4]["cipo/correct_share"] > 0
