@@ -75,7 +75,7 @@ class MemoryBox:
 
     def close(self) -> None:
         self._source.closing += 1
-        self._source.may_close.wait(20)
+        self._source.may_close.wait(120)
         self.alive = False
         self.closes += 1
 
@@ -101,7 +101,7 @@ class MemorySource:
             self.opening += 1
             self.most_opening = max(self.most_opening, self.opening)
             self.tries.append(time.monotonic())
-        self.may_open.wait(20)
+        self.may_open.wait(120)
         with self._lock:
             self.opening -= 1
             if self.failures:
@@ -113,7 +113,7 @@ class MemorySource:
     def prefetch(self, spec: SandboxSpec) -> None: ...
 
 
-def eventually(what: Callable[[], bool], seconds: float = 5.0) -> None:
+def eventually(what: Callable[[], bool], seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it never became so"
@@ -121,11 +121,12 @@ def eventually(what: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 def settle(pool: SandboxPool) -> None:
-    """Waits until the background has done what there is to do."""
+    """Waits until the background has done what there is to do: asks the pool for it, not the clock."""
 
     def quiet() -> bool:
-        first = pool.metrics()
-        time.sleep(0.004)
-        return first == pool.metrics() and not first.starting and not first.ending
+        with pool._changed:
+            nothing_to_start = pool._next_start() is None
+            metrics = pool.metrics()
+            return nothing_to_start and not metrics.starting and not metrics.ending
 
     eventually(quiet)

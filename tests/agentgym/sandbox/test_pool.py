@@ -195,6 +195,6 @@ def test_used_boxes_do_not_pile_up(source: MemorySource, make):
     closing.join(0.1)
     assert closing.is_alive()
     source.may_close.set()
-    closing.join(5)
+    closing.join(60)
     settle(pool)
     assert pool.metrics().ended == BACKLOG + 3

@@ -33,11 +33,9 @@ def test_a_broken_daemon_is_not_asked_in_a_loop_and_everyone_hears_of_it(source:
     pool = make(warm=1, starters=2)
     source.failures = [SandboxDiedError("no daemon")] * 1000
     with ThreadPoolExecutor(8) as threads:
-        began = time.monotonic()
         calls = [threads.submit(pool.open) for _ in range(8)]
-        failures = [call.exception(10) for call in calls]
+        failures = [call.exception(60) for call in calls]
     assert {type(failure) for failure in failures} == {SandboxDiedError}
-    assert time.monotonic() - began < 30
     time.sleep(1.0)
     assert len(source.tries) < 12
     source.failures = []
@@ -51,10 +49,9 @@ def test_what_is_the_persons_turn_is_told_to_all_at_once(source: MemorySource, m
     source.may_open.clear()
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(pool.open) for _ in range(4)]
-        eventually(lambda: len(source.tries) == 1)
-        time.sleep(0.05)
+        eventually(lambda: [shelf.waiting for shelf in pool._shelves.values()] == [4] and len(source.tries) == 1)
         source.may_open.set()
-        failures = [call.exception(5) for call in calls]
+        failures = [call.exception(60) for call in calls]
     assert all(isinstance(failure, UnavailableError) for failure in failures[:1])
     assert sum(isinstance(failure, UnavailableError) for failure in failures) == 4
     assert len({id(failure) for failure in failures}) == 4
@@ -103,10 +100,10 @@ def test_close_ends_what_is_warm_used_starting_and_waited_for(source: MemorySour
         waiting = [threads.submit(pool.open, SandboxSpec(pids=7)) for _ in range(3)]
         eventually(lambda: source.opening == 2)
         closing = threads.submit(pool.close)
-        failures = [call.exception(5) for call in waiting]
+        failures = [call.exception(60) for call in waiting]
         assert not closing.done()  # two boxes are being started
         source.may_open.set()
-        closing.result(5)
+        closing.result(60)
     assert all(isinstance(failure, SandboxDiedError) for failure in failures)
     assert {box.closes for box in source.boxes} == {1}
     with pytest.raises(SandboxDiedError):
@@ -117,9 +114,9 @@ def test_close_ends_what_is_warm_used_starting_and_waited_for(source: MemorySour
 
 
 def test_a_pool_that_nobody_asked_has_no_thread(make):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     pool = make()
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     pool.close()
 
 
