@@ -32,8 +32,10 @@ from agentgym.server.settings import ServiceConfig
 from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
 
 KEY = "the-trainers-key-of-this-test"
-CONNECTION = ConnectionLimits(max_connections=256, max_head_s=10.0, max_read_s=10.0)
-LIMITS = Limits(max_body_bytes=50_000, max_body_s=5.0, max_requests=64, max_request_s=60.0, connection=CONNECTION)
+PATIENCE_S = 60.0  # of callers: a machine that stands still for seconds is no failure
+httpx._config.DEFAULT_TIMEOUT_CONFIG.__dict__.update(httpx.Timeout(PATIENCE_S).__dict__)  # in the place of 5 s
+CONNECTION = ConnectionLimits(max_connections=256, max_head_s=30.0, max_read_s=30.0)
+LIMITS = Limits(max_body_bytes=50_000, max_body_s=30.0, max_requests=64, max_request_s=60.0, connection=CONNECTION)
 
 
 def config_of(**rollout: Any) -> ServiceConfig:
@@ -134,14 +136,14 @@ def running(
 
     runner = threading.Thread(target=thread, daemon=True)
     runner.start()
-    service, door, loop, stop = ready.result(60)
+    service, door, loop, stop = ready.result(2 * PATIENCE_S)
     address = url(listener, config.server)
     try:
         with ServiceClient(address, KEY) as client:
             yield Server(address, client, service, door, loop, versions_dir, run_dir)
     finally:
         loop.call_soon_threadsafe(stop.set)
-        runner.join(20)
+        runner.join(PATIENCE_S)
         assert not runner.is_alive()
 
 
@@ -185,7 +187,7 @@ def service(start: Callable[..., Server]) -> Iterator[Callable[..., Service]]:
             if collect:
                 server.client.collect(True)
             headers = {"Authorization": f"Bearer {openai_key}"} if openai_key else {}
-            http = httpx.Client(base_url=server.url, headers=headers, timeout=20, trust_env=False)
+            http = httpx.Client(base_url=server.url, headers=headers, timeout=PATIENCE_S, trust_env=False)
             return Service(server, stack.enter_context(http))
 
         yield begin

@@ -90,7 +90,18 @@ def sessions_config(env: str | None = "maze", sessions: dict[str, Any] | None = 
     return parse_config(ServiceConfig, values if env is None else values | {"env": {"id": env}})
 
 
-def says(text: str, latency_s: float = 0.0) -> Callable[..., Any]:
+@dataclass
+class Pace:
+    """Seconds that an engine takes for a token, until a test says otherwise: what must be under way is so, however late
+    the test comes to look."""
+
+    token_s: float
+
+    def __call__(self) -> float:
+        return self.token_s
+
+
+def says(text: str, latency_s: float | Pace = 0.0) -> Callable[..., Any]:
     """An engine that answers everything with `text`, and closes its turn."""
 
     async def factory(config: ServiceConfig, folder: Path) -> Engine:
@@ -104,17 +115,21 @@ def says(text: str, latency_s: float = 0.0) -> Callable[..., Any]:
 
         size = max(renderer.encoder.control_ids) + 1
         return ScriptedEngine(
-            forced_logits(size, following), max_context=config.max_context, latency_s=lambda: latency_s
+            forced_logits(size, following), max_context=config.max_context, latency_s=_pace(latency_s)
         )
 
     return factory
 
 
-def slow(seconds: float) -> Any:
+def _pace(latency_s: float | Pace) -> Pace:
+    return latency_s if isinstance(latency_s, Pace) else Pace(latency_s)
+
+
+def slow(latency_s: float | Pace) -> Any:
     async def factory(config: ServiceConfig, folder: Path) -> Engine:
         size = max(load_renderer(folder).encoder.control_ids) + 1
         return ScriptedEngine(
-            hashed_logits(size, scale=0.1), max_context=config.max_context, latency_s=lambda: seconds
+            hashed_logits(size, scale=0.1), max_context=config.max_context, latency_s=_pace(latency_s)
         )  # fmt: skip
 
     return factory

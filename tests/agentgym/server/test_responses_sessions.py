@@ -58,7 +58,7 @@ def test_an_agent_that_sends_items_back_is_one_row_of_the_ids_it_was_sent(servic
                 history += answered(answer.output)
         sampled.append(ids)
         assert it.finish(session)["links"] == {"opening": 1, "continuation": 2}
-    it.server.client.take_batch(0, timeout_s=10, step=1)
+    it.server.client.take_batch(0, timeout_s=60, step=1)
     for trajectory, ids in zip(it.trajectories(), sampled, strict=True):
         (row,) = to_sequences(trajectory)
         assert [token for token, loss in zip(row.token_ids, row.loss_mask) if loss] == ids

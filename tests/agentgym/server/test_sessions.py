@@ -44,7 +44,7 @@ def test_what_an_agent_says_is_one_row_of_exactly_the_ids_it_was_sent(service, s
         done = it.finish(session, components={"reached": 0.5, "short": 0.25})
         assert (done["status"], done["turns"], done["links"]) == ("finished", 3, {"opening": 1, "continuation": 2})
         assert done["score"] == {"value": 0.75, "components": {"reached": 0.5, "short": 0.25}, "valid": True}
-    batch = it.server.client.take_batch(0, timeout_s=10, step=1)
+    batch = it.server.client.take_batch(0, timeout_s=60, step=1)
     (group,) = batch.groups
     assert (group.task_id, group.seed) == ("maze-17", 3)
     assert batch.metrics["delivered_fraction"] == 1.0
@@ -74,7 +74,7 @@ def test_sub_agents_of_one_session_run_beside_each_other(service):
     with agent(other) as client:
         say(client, HELLO)
     it.finish(other)
-    it.server.client.take_batch(0, timeout_s=10, step=1)
+    it.server.client.take_batch(0, timeout_s=60, step=1)
     first = it.trajectories()[0]
     assert len(first.turns) == 9
     assert len(to_sequences(first)) == 3
@@ -114,7 +114,7 @@ def test_sessions_of_a_run_on_its_environment_are_recorded_and_not_trained_on(se
     with agent(session) as client:
         say(client, HELLO, temperature=0.0)
     it.finish(session)
-    batch = it.server.client.take_batch(0, timeout_s=20, step=1)
+    batch = it.server.client.take_batch(0, timeout_s=60, step=1)
     assert session["id"] not in {member.trajectory_id for group in batch.groups for member in group.members}
     (kept,) = read_trajectories(it.server.run_dir / "trajectories" / OTHERS)
     assert (kept.trajectory_id, len(kept.turns)) == (session["id"], 1)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
-from outside_agents import HELLO, agent, say, slow
+from outside_agents import HELLO, Pace, agent, say, says
 
 from agentgym.rollout.store import read_trajectories
 from agentgym.trajectory import EpisodeStatus
+
+DEADLINE_S = 60.0
+
+
+def until_expired(it: Any, session: Any) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while it.show(session)["status"] == "open" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert it.show(session)["status"] == "expired"
 
 
 def test_a_session_ends_once(service):
@@ -68,13 +79,11 @@ def test_nothing_sampled_is_nothing_to_finish(service):
 
 def test_a_session_that_nobody_finishes_expires_typed_and_counted(service):
     it = service()
-    lost = it.open(ttl_s=0.3)
+    lost = it.open(ttl_s=1000.0)
     with agent(lost) as client:
         say(client, HELLO)
-        deadline = time.monotonic() + 10
-        while it.show(lost)["status"] == "open" and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert it.show(lost)["status"] == "expired"
+        it.server.service.sessions.get(lost["id"]).began -= 1000.0  # so much time passes
+        until_expired(it, lost)
         assert it.show(lost)["score"] is None
         with pytest.raises(openai.ConflictError, match="expired"):
             say(client, HELLO)
@@ -84,7 +93,7 @@ def test_a_session_that_nobody_finishes_expires_typed_and_counted(service):
         with agent(session) as client:
             say(client, HELLO)
         it.finish(session)
-    batch = it.server.client.take_batch(0, timeout_s=10, step=1)
+    batch = it.server.client.take_batch(0, timeout_s=60, step=1)
     assert batch.metrics["failed"] == 1
     assert [member.score for member in batch.groups[0].members] == [1.0, 1.0]
     expired = [t for t in it.trajectories() if t.status is EpisodeStatus.FAILED]
@@ -95,15 +104,22 @@ def test_a_session_that_nobody_finishes_expires_typed_and_counted(service):
 
 
 def test_a_session_whose_agent_asks_nothing_expires_before_its_time(service):
-    it = service(sessions={"idle_s": 0.5}, engine=slow(0.1))
+    pace = Pace(0.5)
+    it = service(sessions={"idle_s": 1000.0}, engine=says("up " * 90, pace))
     session, silent = it.open(), it.open()
-    with agent(session) as client:
-        say(client, HELLO, max_tokens=8, seed=3)  # longer than idle_s perhaps, and no silence
-        assert it.show(session)["status"] == "open"
-    deadline = time.monotonic() + 10
-    while it.show(silent)["status"] == "open" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert it.show(silent)["status"] == "expired"
+    sessions = it.server.service.sessions
+    with agent(session) as client, ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(say, client, HELLO, max_tokens=50, seed=3)
+        while not sessions.get(session["id"]).num_under_way:
+            assert not asking.done()
+            time.sleep(0.005)
+        for one in (session, silent):
+            sessions.get(one["id"])._last_asked -= 1000.0  # so much time passes
+        until_expired(it, silent)
+        assert it.show(session)["status"] == "open", "it is being answered"
+        pace.token_s = 0.0
+        asking.result()
+        assert it.show(session)["status"] == "open", "and is idle from now on"
 
 
 def test_a_disk_that_takes_nothing_ends_no_session_and_not_the_watch_over_them(service, monkeypatch):
@@ -119,9 +135,7 @@ def test_a_disk_that_takes_nothing_ends_no_session_and_not_the_watch_over_them(s
     assert [it.show(one)["status"] for one in (session, lost)] == ["open", "open"]
     folder.unlink()
     assert it.finish(session)["score"]["value"] == 1.0
-    deadline = time.monotonic() + 10
-    while it.show(lost)["status"] == "open" and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until_expired(it, lost)
     written = {t.trajectory_id: t.score for t in read_trajectories(folder / "untrained.jsonl")}
     assert set(written) == {session["id"], lost["id"]}
     assert written[lost["id"]] is None

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from outside_agents import HELLO, Losing, agent, say, slow
+from outside_agents import HELLO, Losing, Pace, agent, say, slow
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -30,7 +30,7 @@ def test_a_retry_of_the_official_client_gets_the_reply_that_was_lost(service, st
 
 
 def test_an_idempotency_key_is_one_request_however_often_it_is_sent(service):
-    it = service(engine=slow(0.02))
+    it = service(engine=slow(Pace(0.02)))
     session = it.open()
     with agent(session) as client, ThreadPoolExecutor(4) as pool:
 
@@ -48,7 +48,7 @@ def test_an_idempotency_key_is_one_request_however_often_it_is_sent(service):
 
 
 def test_an_agent_that_hangs_up_leaves_no_trace_and_does_not_hold_up_the_end(service):
-    it = service(engine=slow(0.2))
+    it = service(engine=slow(Pace(0.2)))
     session = it.open()
     with agent(session, max_retries=0, timeout=0.3) as client, pytest.raises(openai.APITimeoutError):
         say(client, HELLO, max_tokens=50)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from outside_agents import Pace, slow
 
 from agentgym.errors import EngineDiedError, InputError, ServiceError, VersionError
 from agentgym.rollout.store import read_trajectories, step_file
@@ -29,12 +30,12 @@ async def silent(config: ServiceConfig, folder: Path) -> ScriptedEngine:
 def test_a_few_steps_of_a_trainer(start: Callable[..., Any]) -> None:
     server = start()
     client: ServiceClient = server.client
-    assert client.wait_ready(5).policy_version == 0
+    assert client.wait_ready(60).policy_version == 0
     client.collect(True)
     versions: set[int] = set()
     taken: list[str] = []
     for version in range(4):
-        batch = client.take_batch(version, timeout_s=30)
+        batch = client.take_batch(version, timeout_s=60)
         assert len(batch.groups) == 2
         assert set(batch.live_versions) <= set(range(version + 1))
         assert batch.metrics["delivered_fraction"] == 1.0
@@ -67,7 +68,7 @@ def test_a_few_steps_of_a_trainer(start: Callable[..., Any]) -> None:
 def test_the_step_that_is_asked_for_names_the_file(start: Callable[..., Any]) -> None:
     server = start()
     server.client.collect(True)
-    server.client.take_batch(0, timeout_s=30, step=41)
+    server.client.take_batch(0, timeout_s=60, step=41)
     assert step_file(server.run_dir, 41).exists()
 
 
@@ -76,12 +77,22 @@ def test_a_wait_can_say_what_it_waits_for_and_ends(start: Callable[..., Any], mo
     server = start(engine_factory=silent)
     server.client.collect(True)
     seen: list[wire.ServiceStatus] = []
+
+    class EnoughError(Exception):
+        pass
+
+    def see(status: wire.ServiceStatus) -> None:
+        seen.append(status)
+        if len(seen) == 2:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        server.client.take_batch(0, on_wait=see)
+    assert seen[0].in_flight == 6
     began = time.monotonic()
     with pytest.raises(ServiceError, match=r"waited in vain for a batch: 0 of 2 groups ready; episodes: 6 sampling"):
-        server.client.take_batch(0, timeout_s=0.5, on_wait=seen.append)
-    assert 0.5 <= time.monotonic() - began < 5
-    assert len(seen) >= 2
-    assert seen[0].in_flight == 6
+        server.client.take_batch(0, timeout_s=0.5)
+    assert time.monotonic() - began >= 0.5
 
 
 def test_an_empty_poll_is_answered_with_204(start: Callable[..., Any]) -> None:
@@ -136,10 +147,16 @@ def test_an_evaluation_is_repeatable_and_leaves_no_trace(start: Callable[..., An
 
 def test_an_evaluation_shows_its_progress(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentgym.server.client.POLL_S", 0.05)
-    server = start()
+    pace = Pace(0.1)
+    server = start(engine_factory=slow(pace))
     seen: list[str] = []
-    server.client.evaluate(200, on_wait=lambda status: seen.append(status.evaluating))
-    assert seen
+
+    def see(status: wire.ServiceStatus) -> None:
+        seen.append(status.evaluating)
+        pace.token_s = 0.0
+
+    server.client.evaluate(200, on_wait=see)
+    assert seen[0].endswith("/200 episodes evaluated")
     assert all(text.endswith("/200 episodes evaluated") for text in seen if text)
     assert server.client.status().evaluating == ""
 
@@ -162,10 +179,10 @@ def test_an_evaluation_that_cannot_be_is_refused(server: Any, arguments: dict[st
 def test_the_data_position_is_restored_before_collecting(start: Callable[..., Any]) -> None:
     server, second = start(), start()
     server.client.collect(True)
-    batch = server.client.take_batch(0, timeout_s=30)
+    batch = server.client.take_batch(0, timeout_s=60)
     second.client.restore(batch.data_position)
     second.client.collect(True)
-    resumed = second.client.take_batch(0, timeout_s=30)
+    resumed = second.client.take_batch(0, timeout_s=60)
     assert not {g.group_id for g in batch.groups} & {g.group_id for g in resumed.groups}
     with pytest.raises(InputError, match="before collecting"):
         second.client.restore(batch.data_position)
@@ -178,10 +195,10 @@ def test_a_dead_engine_reaches_the_trainer_as_what_it_is(start: Callable[..., An
 
     server = start()
     server.client.collect(True)
-    server.client.take_batch(0, timeout_s=30)
-    asyncio.run_coroutine_threadsafe(server.service.policy.engine.close(), server.loop).result(5)
+    server.client.take_batch(0, timeout_s=60)
+    asyncio.run_coroutine_threadsafe(server.service.policy.engine.close(), server.loop).result(60)
     with pytest.raises(EngineDiedError, match="closed"):
-        server.client.take_batch(9, timeout_s=30)
+        server.client.take_batch(9, timeout_s=60)
 
 
 # ------------------------------------------------------------------------------------------------ who gets in
@@ -201,10 +218,8 @@ def test_no_key_no_entry(server: Any, path: str, header: str | None) -> None:
 
 
 def test_a_wrong_key_ends_the_wait_for_readiness_at_once(server: Any) -> None:
-    began = time.monotonic()
     with ServiceClient(server.url, "wrong") as client, pytest.raises(ServiceError, match="Bearer KEY"):
-        client.wait_ready(30)
-    assert time.monotonic() - began < 5
+        client.wait_ready(100)  # whose end would be another error
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", msgspec.msgpack.encode([1]), msgspec.msgpack.encode({"version": "x"})])
@@ -244,16 +259,17 @@ def test_waiting_until_it_is_there(start: Callable[..., Any]) -> None:
     server = start()
     results: list[int] = []
     with ServiceClient(server.url, "the-trainers-key-of-this-test") as client:
-        waiter = threading.Thread(target=lambda: results.append(client.wait_ready(10).policy_version))
+        waiter = threading.Thread(target=lambda: results.append(client.wait_ready(60).policy_version))
         waiter.start()
-        waiter.join(10)
+        waiter.join(60)
     assert results == [0]
 
 
 @pytest.fixture
-def unused_tcp_port() -> int:
+def unused_tcp_port() -> Iterator[int]:
+    """One where nobody listens, and nobody can begin to."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        yield probe.getsockname()[1]

@@ -35,12 +35,12 @@ def test_a_paused_service_shows_what_was_sampled_and_publication_ends_the_pause(
     while not client.status().sampled_tokens:
         time.sleep(0.01)
     with client.another() as other:
-        paused = other.pause(limit_s=30.0)
+        paused = other.pause(limit_s=300.0)
         policy = httpx.get(f"{server.url}/v1/policy").json()
         assert policy["pause"]["pause_id"] == paused.pause_id
-        assert 0 < policy["pause"]["left_s"] <= 30.0
+        assert 0 < policy["pause"]["left_s"] <= 300.0
         assert "sampling is paused" in client.status().waiting_for
-        assert other.pause(limit_s=30.0).pause_id == paused.pause_id
+        assert other.pause(limit_s=300.0).pause_id == paused.pause_id
         time.sleep(0.3)  # environments answer; nothing is sampled any more
         pages = read_all(other, 0, max_tokens=60)
         assert len(pages) > 1
@@ -57,7 +57,7 @@ def test_a_paused_service_shows_what_was_sampled_and_publication_ends_the_pause(
     report = client.publish(1, server.weights(1))
     assert report.ended_pause == paused.pause_id
     assert httpx.get(f"{server.url}/v1/policy").json()["pause"] is None
-    batch = client.take_batch(1, timeout_s=30)
+    batch = client.take_batch(1, timeout_s=60)
     taken = {member.trajectory_id for group in batch.groups for member in group.members}
     assert not taken & set(read_all(client, 0, 1000)[-1].live or ())  # it holds what may still be delivered
     for group in batch.groups:
@@ -72,14 +72,14 @@ def test_a_paused_service_shows_what_was_sampled_and_publication_ends_the_pause(
 
 def test_sampling_goes_on_without_the_trainer(start: Callable[..., Any]) -> None:
     server = start(engine_factory=slow)
+    server.client.pause(limit_s=0.2)  # first: nothing can be sampled before its end
     server.client.collect(True)
-    server.client.pause(limit_s=0.2)
-    assert server.client.take_batch(0, timeout_s=30).groups
+    assert server.client.take_batch(0, timeout_s=60).groups
     assert httpx.get(f"{server.url}/v1/policy").json()["pauses"] == {"done": 1, "expired": 1}
     assert 'agentgym_pauses_total{end="expired"} 1' in httpx.get(f"{server.url}/metrics").text
-    server.client.pause(limit_s=30.0)
+    server.client.pause(limit_s=300.0)
     server.client.resume()
-    assert server.client.take_batch(0, timeout_s=30).groups
+    assert server.client.take_batch(0, timeout_s=60).groups
 
 
 @pytest.mark.parametrize(
