@@ -14,8 +14,8 @@ from agentgym.sandbox.network.allow_list import AllowList
 from agentgym.sandbox.network.gateway import Gateway
 from agentgym.sandbox.network.report import NetworkLimits
 
-LIMITS = NetworkLimits(bytes=2**26, at_once=4, connections=20, head_s=5, connect_s=5, idle_s=5, total_s=20)
-WAIT_S = 20.0
+LIMITS = NetworkLimits(bytes=2**26, at_once=4, connections=20, head_s=30, connect_s=30, idle_s=30, total_s=120)
+WAIT_S = 60.0
 SENDS = 160  # of 64 KiB: more than the kernel's buffers of a connection hold
 
 

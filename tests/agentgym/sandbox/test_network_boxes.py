@@ -28,7 +28,7 @@ TIERS = [
     # the conformance suite shows the way out there; this is the same once more
     pytest.param("gvisor", marks=[pytest.mark.docker, pytest.mark.slow]),
 ]
-WAIT_S = 20.0
+WAIT_S = 60.0
 # as a program would, with the variables of its environment; only that this world is on a loopback
 PLAINLY = ["env", "-u", "no_proxy", "-u", "NO_PROXY", "python3", "-I", "-c"]
 

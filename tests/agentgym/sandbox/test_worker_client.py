@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import marshal
+import select
 import socket
 import threading
 import time
@@ -42,7 +43,7 @@ class Liar:
 
     def end(self) -> None:
         self.client.close()
-        self._thread.join(5)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 
@@ -124,6 +125,27 @@ def test_a_worker_that_does_not_read_cannot_hold_the_host(monkeypatch: pytest.Mo
     client = WorkerClient(SocketChannel(ours, lambda: ""), "box-1")
     with theirs, pytest.raises(SandboxDiedError, match="did not answer"):
         client.request("write", {}, bytes(50_000_000), wait_s=0.2)
+
+
+def test_a_line_that_broke_is_told_as_its_other_end_tells_it() -> None:
+    """Whoever notices first: a renewal says nothing, and the request after it asks."""
+    ours, theirs = socket.socketpair()
+    client = WorkerClient(SocketChannel(ours, lambda: "the worker was shot"), "box-1")
+    client._is_booted = True
+    theirs.close()
+    client.renew()
+    with pytest.raises(SandboxDiedError, match="box-1 died: the worker was shot"):
+        client.request("ping", {})
+
+
+def test_an_answer_that_came_while_this_process_stood_still_has_come() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = SocketChannel(ours, lambda: "")
+        with pytest.raises(TimeoutError):
+            channel.receive(time.monotonic() - 1)
+        theirs.sendall(b"answer")
+        channel._wait(select.POLLIN, time.monotonic() - 1)
 
 
 def test_error_replies_are_typed(liars: list[Liar]) -> None:
