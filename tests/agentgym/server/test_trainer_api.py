@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from outside_agents import Pace, slow
 
 from agentgym.errors import EngineDiedError, InputError, ServiceError, VersionError
 from agentgym.rollout.store import read_trajectories, step_file
-from agentgym.server import wire
-from agentgym.server.client import ServiceClient
+from agentgym.server import process, wire
+from agentgym.server.client import DYING_S, ENDING_S, ServiceClient
 from agentgym.server.settings import ServiceConfig
 from agentgym.testing.scripted_engine import ScriptedEngine, hashed_logits
 
@@ -255,6 +256,28 @@ def test_nobody_there_is_said_with_the_address(unused_tcp_port: int) -> None:
             client.wait_ready(0.3)
 
 
+def test_one_that_hung_up_is_given_the_time_to_end_and_a_silent_one_is_not(unused_tcp_port: int) -> None:
+    """A service closes its connections first, and its environments and engine then."""
+    given: list[float] = []
+
+    def explain(within_s: float) -> str:
+        given.append(within_s)
+        return "its process ended with exit code 0"
+
+    def ask(port: int) -> None:
+        with (
+            ServiceClient(f"http://127.0.0.1:{port}", "key", timeout_s=0.2, explain_death=explain) as client,
+            pytest.raises(ServiceError, match="is gone: its process ended with exit code 0"),
+        ):
+            client.status()
+
+    ask(unused_tcp_port)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ask(silent.getsockname()[1])
+    assert given == [ENDING_S, DYING_S]
+    assert ENDING_S > process.ENDING_S, "it has the time that it gives itself"
+
+
 def test_waiting_until_it_is_there(start: Callable[..., Any]) -> None:
     server = start()
     results: list[int] = []
@@ -268,8 +291,6 @@ def test_waiting_until_it_is_there(start: Callable[..., Any]) -> None:
 @pytest.fixture
 def unused_tcp_port() -> Iterator[int]:
     """One where nobody listens, and nobody can begin to."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         yield probe.getsockname()[1]
