@@ -134,14 +134,14 @@ def service(model_folder: Path, tmp_path: Path) -> Iterator[tuple[str, ServiceCl
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    loop, stop = ready.result(60)
+    loop, stop = ready.result(120)
     address = url(listener, config.server)
     try:
         with ServiceClient(address, "trainer-key") as client:
             yield address, client
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
+        thread.join(60)
 
 
 def settings(model_folder: Path) -> TrainConfig:
@@ -165,7 +165,7 @@ def run_harness(address: str, script: str, home: Path) -> dict[str, Any]:
         "PYTHONPATH": str(ROOT),
         "MSWEA_GLOBAL_CONFIG_DIR": str(home),
     }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -181,7 +181,7 @@ def test_mini_swe_agent_solves_a_task_in_a_box_and_its_trajectory_trains(service
     assert (wrong["exit_status"], wrong["reward"]) == ("Submitted", 0.0)
     # the harness took back the reply without a call, and went on from the one before
     assert right["session"]["links"] == {"opening": 1, "continuation": 2, "branch": 1}
-    batch = client.take_batch(0, timeout_s=10, step=1)
+    batch = client.take_batch(0, timeout_s=60, step=1)
     check_tokens(batch, model_folder, tmp_path)
     learn_from(batch, model_folder, tmp_path)
 

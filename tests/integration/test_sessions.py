@@ -32,8 +32,11 @@ def train(tmp_path, config, script, *arguments):
             command = [sys.executable, "-m", "agentgym.cli", "train", str(config), f"server.port={port}"]
             command += [f"run.dir={tmp_path}", "evaluation.episodes=0", *arguments]
             done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+            if "cannot listen on" in done.stderr:  # somebody else has had the port since it was seen to be free
+                agent.kill()
+                return train(tmp_path, config, script, *arguments)
             assert done.returncode == 0, done.stderr[-4000:]
-            assert agent.wait(30) == 0, (tmp_path / "agent.log").read_text()
+            assert agent.wait(120) == 0, (tmp_path / "agent.log").read_text()
         finally:
             agent.kill()
             agent.wait()

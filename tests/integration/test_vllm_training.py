@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -59,8 +60,11 @@ class Run:
 
     def kill_a_server(self) -> None:
         """The HTTP process of one of the servers that run now, the one that was started first."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        servers = [child for child in family if child.cmdline()[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]]
+        servers: list[psutil.Process] = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was there for a moment
+                if child.cmdline()[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]:
+                    servers.append(child)
         assert len(servers) == 2
         os.kill(min(servers, key=lambda server: server.create_time()).pid, signal.SIGKILL)
 

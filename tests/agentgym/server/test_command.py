@@ -56,7 +56,7 @@ def test_a_served_model_plays_and_ctrl_c_ends_it_whole(
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
 
 

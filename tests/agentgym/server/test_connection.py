@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from outside_agents import slow
+from outside_agents import Pace, slow
 
 from agentgym.server.connection import ConnectionLimits
 from agentgym.server.door import Limits
@@ -22,7 +22,7 @@ from agentgym.server.settings import ServerSection
 
 READY = b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n"
 ENDLESS = b"GET /health/ready HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 10_000
-HEAD_S, PATIENCE_S = 0.5, 20.0
+HEAD_S, PATIENCE_S = 1.0, 60.0
 
 
 def connect(url: str) -> socket.socket:
@@ -116,9 +116,11 @@ def test_a_stranger_s_body_is_not_even_waited_for(server: Any) -> None:
     with closing(connect(server.url)) as connection:
         connection.sendall(READY.replace(b"Host", b"Content-Length: 40000\r\nHost"))
         assert read_answer(connection)[0] == 200
+        said = b""
         with suppress(ConnectionError):
             connection.sendall(b"a" * 40_000)
-        assert connection.recv(100) == b"", "nor is it taken for the next request"
+            said = connection.recv(100)
+        assert said == b"", "nor is it taken for the next request"
 
 
 def test_a_connection_that_says_nothing_is_closed_without_an_answer(server: Any) -> None:
@@ -128,7 +130,7 @@ def test_a_connection_that_says_nothing_is_closed_without_an_answer(server: Any)
 
 
 def test_the_time_of_a_head_is_not_that_of_an_answer_or_of_a_pause(limited: Callable[..., Any]) -> None:
-    server = limited(engine=slow(0.1))
+    server = limited(engine=slow(Pace(0.1)))
     chat = {"model": "small", "messages": [{"role": "user", "content": "1 up"}], "max_tokens": 12, "seed": 1}
     body = json.dumps(chat | {"temperature": 1.0}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

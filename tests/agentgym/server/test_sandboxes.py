@@ -64,8 +64,8 @@ def config_of(name: str, **sandbox: Any) -> ServiceConfig:
     return parse_config(ServiceConfig, values | {"sandbox": {"tier": "namespace"} | sandbox})
 
 
-def boxes_of_this_process() -> int:
-    return len(list((owner().folder / "boxes").iterdir()))
+def boxes_of_this_process() -> set[Path]:
+    return set((owner().folder / "boxes").iterdir())
 
 
 @pytest.mark.bubblewrap
@@ -82,17 +82,18 @@ def test_episodes_and_evaluations_share_a_pool_that_ends_with_the_service(start:
     assert 0 <= batch.metrics["sandbox_hit_rate"] <= 1
     assert batch.metrics["sandbox_failed_starts"] == 0
     assert batch.metrics["sandbox_start_p50_s"] > 0
-    asyncio.run_coroutine_threadsafe(server.service.close(), server.loop).result(30)
-    assert boxes_of_this_process() == before
+    asyncio.run_coroutine_threadsafe(server.service.close(), server.loop).result(120)
+    assert boxes_of_this_process() <= before
     assert (pool.metrics().warm, pool.metrics().in_use) == (0, 0)
 
 
 def test_an_environment_without_code_gets_no_pool(start: Callable[..., Any]):
+    before = set(threading.enumerate())
     server = start()
     server.client.collect(True)
-    batch = server.client.take_batch(0, timeout_s=30)
+    batch = server.client.take_batch(0, timeout_s=60)
     assert not [metric for metric in batch.metrics if metric.startswith("sandbox")]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sandbox-")]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("sandbox-")]
 
 
 def test_the_tier_and_the_host_are_those_of_the_settings(tmp_path: Path, maze_folder: Path, name: str):

@@ -150,7 +150,7 @@ def test_an_engine_that_died_is_seen(
         start_service(config, random_model, tmp_path, tmp_path / "versions") as client,
         httpx.Client(base_url=client.url, trust_env=False) as http,
     ):
-        assert http.get("/health").json()["status"] == "ok"
+        until(lambda: http.get("/health").json()["status"] == "ok")  # an engine that is slow is not there for a moment
         _, *engine = service_processes()
         for pid in engine:
             os.kill(pid, signal.SIGKILL)
@@ -165,6 +165,14 @@ def test_an_engine_that_died_is_seen(
 
 # --------------------------------------------------------------------------------------------------- a whole process
 
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 SCRIPT = """
     import sys
     from pathlib import Path
@@ -177,7 +185,8 @@ SCRIPT = """
 
     async def slow(config, folder):
         size = max(load_renderer(folder).encoder.control_ids) + 1
-        return ScriptedEngine(forced_logits(size, lambda prefix: 5), max_context=120, latency_s=lambda: 0.05)
+        latency_s = lambda: 0.0 if Path({go!r}).exists() else 0.3
+        return ScriptedEngine(forced_logits(size, lambda prefix: 5), max_context=120, latency_s=latency_s)
 
     config = parse_config(ServiceConfig, {config!r})
     say = lambda text: print(text, flush=True)
@@ -186,7 +195,7 @@ SCRIPT = """
 
 
 class Process:
-    """A served model in a process of its own, 50 ms a token, and its log."""
+    """A served model in a process of its own, 0.3 s a token until there is a file `go`, and its log."""
 
     def __init__(self, folder: Path, run: Path, server: dict[str, Any]) -> None:
         import textwrap
@@ -197,7 +206,10 @@ class Process:
             "rollout": {"max_episode_tokens": 120},
             "server": {"log_format": "json"} | server,
         }
-        script = textwrap.dedent(SCRIPT).format(config=config, folder=str(folder), run=str(run))
+        script = textwrap.dedent(SCRIPT).format(
+            config=config, folder=str(folder), run=str(run), go=str(run.parent / "go")
+        )
+        self.go = run.parent / "go"
         self.log_file = run.parent / "log"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
@@ -209,21 +221,19 @@ class Process:
         self.url = found[1]
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        whole = self.log_file.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
 
     def ask(self, answers: list[Any], **body: Any) -> threading.Thread:
         def run() -> None:
             try:
-                answers.append(httpx.post(f"{self.url}/v1/chat/completions", json=CHAT | body, timeout=20.0))
+                answers.append(httpx.post(f"{self.url}/v1/chat/completions", json=CHAT | body, timeout=60.0))
             except httpx.HTTPError as error:
                 answers.append(error)
 
         thread = threading.Thread(target=run)
         thread.start()
-        deadline = time.monotonic() + 10
-        while httpx.get(f"{self.url}/health").json()["requests"] == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: httpx.get(f"{self.url}/health").json()["requests"] > 0)
         return thread
 
 
@@ -244,24 +254,22 @@ def process(maze_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Process
 
 
 def test_it_drains_at_sigterm_and_says_what_it_waits_for(process: Callable[..., Process]) -> None:
-    server = process(drain_s=15.0)
+    server = process(drain_s=60.0)
     answers: list[Any] = []
-    asking = server.ask(answers, max_tokens=40)  # 2 s
+    asking = server.ask(answers, max_tokens=100)  # 30 s
     with httpx.Client(base_url=server.url) as kept:
         assert kept.get("/health/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 5
-        while (late := kept.get("/health/ready")).status_code == 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert late.json() == {"status": "draining"}
+        until(lambda: kept.get("/health/ready").status_code != 200)
+        assert kept.get("/health/ready").json() == {"status": "draining"}
         refused = kept.post("/v1/chat/completions", json=CHAT)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert refused.headers["retry-after"] == "1"
+    server.go.touch()
     asking.join()
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 40
-    assert server.process.wait(20) == 0
+    assert answers[0].json()["usage"]["completion_tokens"] == 100
+    assert server.process.wait(60) == 0
     messages = [line["message"] for line in server.log()]
     assert any(re.match(r"draining: 1 requests run, the oldest .*req-\w+\) for ", message) for message in messages)
 
@@ -270,14 +278,14 @@ def test_it_drains_at_sigterm_and_says_what_it_waits_for(process: Callable[..., 
 def test_a_drain_has_a_limit(process: Callable[..., Process], how: str) -> None:
     server = process(drain_s=0.5 if how == "limit" else 60.0)
     answers: list[Any] = []
-    asking = server.ask(answers, max_tokens=100)  # 5 s
+    asking = server.ask(answers, max_tokens=100)  # 30 s
     server.process.send_signal(signal.SIGTERM)
     if how == "second signal":
-        time.sleep(0.5)
+        until(lambda: any(line["message"].startswith("draining: ") for line in server.log()))
         server.process.send_signal(signal.SIGTERM)
     asking.join()
     assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "draining")
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     assert any("1 requests are cut off" in line["message"] for line in server.log())
 
 
@@ -285,6 +293,7 @@ def test_the_log_has_ids_and_neither_keys_nor_messages(process: Callable[..., Pr
     key = tmp_path / "key"
     key.write_text(ACTING)
     server = process(api_key_file=str(key))
+    server.go.touch()
     secret = [{"role": "user", "content": SECRET}]
     with httpx.Client(base_url=server.url, headers=bearer(ACTING)) as http:
         answer = http.post("/v1/chat/completions", json=CHAT | {"messages": secret})
@@ -295,7 +304,7 @@ def test_the_log_has_ids_and_neither_keys_nor_messages(process: Callable[..., Pr
         http.get(f"/v1/{SECRET}%0A{SECRET}", headers=bearer(SECRET))
     trainer_key = (tmp_path / "0" / "run" / "trainer.key").read_text()
     os.kill(server.process.pid, signal.SIGTERM)
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     lines = server.log()
     by_id = {line["request_id"]: line for line in lines if line.get("logger") == "agentgym.server.access"}
     line = by_id[answer.headers["x-request-id"]]

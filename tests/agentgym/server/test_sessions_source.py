@@ -20,7 +20,7 @@ BOTH = {"source": "both", "group_size": 2, "groups_per_step": 2, "in_flight": 8,
 def play(it: Any, task: str) -> None:
     """A group of two sessions, opened as soon as there is a place for it."""
     opened = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(opened) < 2:
         answer = it.http.post("/v1/sessions", json={"task": task})
         if answer.status_code == 201:
@@ -38,14 +38,14 @@ def play(it: Any, task: str) -> None:
 def test_episodes_and_sessions_fill_the_same_batches(service: Any) -> None:
     it = service(**BOTH)
     played: dict[str, int] = {OUTSIDE: 0, "agentgym/Maze-v0": 0}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     step = 0
     with ThreadPoolExecutor(3) as agents:
         playing = [agents.submit(play, it, f"task-{number}") for number in range(3)]
         while min(played.values()) < 3:
             assert time.monotonic() < deadline, played
             step += 1
-            batch = it.server.client.take_batch(step - 1, timeout_s=20, step=step)
+            batch = it.server.client.take_batch(step - 1, timeout_s=60, step=step)
             outside = [group for group in batch.groups if group.env_id == OUTSIDE]
             assert batch.metrics["session_groups"] == len(outside)
             assert ("session_reward_mean" in batch.metrics) == bool(outside)
@@ -66,7 +66,7 @@ def test_episodes_and_sessions_fill_the_same_batches(service: Any) -> None:
 
 def test_sessions_that_nobody_finishes_hold_up_no_batch_of_both(service: Any) -> None:
     it = service(**BOTH)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     opened = 0
     step = 0
     while opened < 2:  # half of the four places
@@ -74,13 +74,13 @@ def test_sessions_that_nobody_finishes_hold_up_no_batch_of_both(service: Any) ->
         opened += answer.status_code == 201
         if answer.status_code == 429:  # the environment was first; what is trained on makes room
             step += 1
-            it.server.client.take_batch(step - 1, timeout_s=20, step=step)
+            it.server.client.take_batch(step - 1, timeout_s=60, step=step)
             it.server.client.publish(step, it.server.weights(step))
         assert time.monotonic() < deadline
     assert "as many as rollout.max_staleness allows" in it.open("one too many", expect=429)["error"]["message"]
     for _ in range(3):
         step += 1
-        batch = it.server.client.take_batch(step - 1, timeout_s=20, step=step)
+        batch = it.server.client.take_batch(step - 1, timeout_s=60, step=step)
         assert {group.env_id for group in batch.groups} == {"agentgym/Maze-v0"}
         it.server.client.publish(step, it.server.weights(step))
     assert "sessions: 2 open" in it.server.client.status().waiting_for
@@ -93,7 +93,7 @@ def test_a_run_on_sessions_needs_no_environment(service: Any) -> None:
         with agent(session) as client:
             say(client, HELLO)
         it.finish(session)
-    batch = it.server.client.take_batch(0, timeout_s=20, step=1)
+    batch = it.server.client.take_batch(0, timeout_s=60, step=1)
     (group,) = batch.groups
     assert (group.env_id, batch.data_position) == (OUTSIDE, {})
     with pytest.raises(InputError, match="an evaluation needs an environment"):
