@@ -24,6 +24,7 @@ from agentgym.server.openai_requests import (
 )
 from agentgym.server.replies import Sampling
 
+NO_THREADS = "thread_unsupported_request"  # upon which Anthropic's tool runner sends whole histories
 _TEXT = {"type": "string"}
 TOOL_SCHEMA = {
     "type": "object",
@@ -82,13 +83,18 @@ class ShownRequest(BaseModel):
         "thinking": ({"type": "disabled"},),
         "output_config": ({},),
         "context_management": ({},),
+        "compaction": (),
         "mcp_servers": ([],),
+        "speed": ("standard",),
+        "billing_policy": (),
     }
     MENDS: ClassVar[dict[str, str]] = {
         "tool_choice": "leave it out or send {'type': 'auto'}: a call is sampled, never forced or forbidden",
         "thinking": "leave it out or send {'type': 'disabled'}: the policy's replies are text and calls",
         "output_config": "leave it out: the policy has no effort to set, and is forced into no format",
         "context_management": "leave it out, and shorten `messages` yourself",
+        "compaction": "leave it out, and begin again from a summary of your own",
+        "fallbacks": "leave it out: one model is served",
         "mcp_servers": "leave it out, and send their tools in `tools`: they run where the caller runs them",
         "container": "leave it out: tools run where the caller runs them",
         "inference_geo": "leave it out: tokens are sampled where this server is",
@@ -114,7 +120,10 @@ class ShownRequest(BaseModel):
     thinking: Given | None = None
     output_config: Given | None = None
     context_management: Given | None = None
+    compaction: dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None
+    speed: str | None = None
+    billing_policy: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises ParameterError for a parameter that this server cannot honour."""
@@ -144,10 +153,12 @@ class MessagesRequest(SampledRequest, ShownRequest):
         | ShownRequest.NEUTRAL
         | {
             "service_tier": ("auto", "standard_only"),
-            "speed": ("standard",),
             "container": (),
             "inference_geo": (),
             "diagnostics": (),
+            "thread": (False,),
+            "fallbacks": ([],),
+            "fallback_credit_token": (),
         }
     )
     MENDS = ShownRequest.MENDS
@@ -163,10 +174,19 @@ class MessagesRequest(SampledRequest, ShownRequest):
     )
     metadata: Metadata | None = None
     service_tier: str | None = None
-    speed: str | None = None
     container: str | dict[str, Any] | None = None
     inference_geo: str | None = None
     diagnostics: dict[str, Any] | None = None
+    thread: bool | dict[str, Any] | None = None
+    fallbacks: list[Any] | str | None = None
+    fallback_credit_token: str | dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """As SampledRequest.check."""
+        if self.thread:
+            mend = "nothing is stored: send the whole history in `messages`; a session records what is asked"
+            raise ParameterError("thread", f"thread={short(self.thread)} is not supported here; {mend}", NO_THREADS)
+        super().check()
 
     def sampling(self) -> Sampling:
         """As SampledRequest.sampling. `max_tokens` must be said here, and agents say one that no small model has room

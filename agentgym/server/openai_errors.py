@@ -38,11 +38,12 @@ _MOST_TEXT = 2000  # of a message: what a caller sent is not sent back whole
 
 
 class ParameterError(InputError):
-    """A request parameter that is refused; `param` is its name."""
+    """A request parameter that is refused; `param` is its name, `code` the cause's, where clients look for one."""
 
-    def __init__(self, param: str, message: str) -> None:
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
         super().__init__(message if param in message else f"{param}: {message}")
         self.param = param
+        self.code = code
 
 
 class TooLongError(PromptTooLongError):
@@ -103,6 +104,8 @@ def describe(error: AgentGymError) -> tuple[int, dict[str, Any]]:
     param = getattr(error, "param", None)
     if param is None and isinstance(error, UnknownModelError):
         param = "model"
+    if isinstance(error, ParameterError):
+        code = error.code or code
     return status, error_body(status, str(error), param, code)
 
 

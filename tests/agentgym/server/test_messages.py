@@ -51,7 +51,7 @@ def user(text: str) -> dict[str, Any]:
 
 def events_of(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The events of a stream as they were sent, each of the name that its data has."""
-    answer = httpx.post(f"{url}/v1/messages", json=user(QUESTION) | {"stream": True} | body)
+    answer = httpx.post(f"{url}/v1/messages", json=user(QUESTION) | {"stream": True} | body, timeout=60)
     assert answer.headers["content-type"].startswith("text/event-stream"), answer.text
     sent = [part.split("\n") for part in answer.text.split("\n\n") if part]
     events = [json.loads(data.removeprefix("data: ")) for _, data in sent]
@@ -113,7 +113,7 @@ def plain(message: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_stream_put_together_is_the_whole_answer(server: Any, options: dict[str, Any], reason: str | None) -> None:
     body = OURS | options
-    whole = httpx.post(f"{server.url}/v1/messages", json=user(QUESTION) | body).raise_for_status().json()
+    whole = httpx.post(f"{server.url}/v1/messages", json=user(QUESTION) | body, timeout=60).raise_for_status().json()
     Said.model_validate(whole)  # every field that Anthropic requires, each of its type
     events = events_of(server.url, body)
     for event in events:

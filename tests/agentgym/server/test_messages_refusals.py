@@ -34,7 +34,7 @@ def turn(*blocks: Any, role: str = "user") -> Any:
 
 def refused(server: Any, change: dict[str, Any]) -> str:
     before = server.service.policy.engine._sampled
-    response = httpx.post(f"{server.url}/v1/messages", json=BODY | change)
+    response = httpx.post(f"{server.url}/v1/messages", json=BODY | change, timeout=60)
     assert response.status_code == 400, response.text
     body = response.json()
     assert (body["type"], set(body), body["error"]["type"]) == ("error", {"type", "error"}, "invalid_request_error")
@@ -57,6 +57,12 @@ def refused(server: Any, change: dict[str, Any]) -> str:
         ({"container": {"skills": []}}, "container={'skills': []} is not supported here"),
         ({"inference_geo": "eu"}, "inference_geo='eu' is not supported here"),
         ({"diagnostics": {"previous_message_id": "m"}}, "what a cache held is not reported"),
+        ({"compaction": {"type": "x"}}, "begin again from a summary of your own"),
+        ({"billing_policy": {"type": "x"}}, "billing_policy={'type': 'x'} is not supported here; leave it out"),
+        ({"thread": {"type": "create"}}, "nothing is stored: send the whole history in `messages`"),
+        ({"thread": True}, "thread=True is not supported here"),
+        ({"fallbacks": [{"model": "x"}]}, "leave it out: one model is served"),
+        ({"fallback_credit_token": "x"}, "fallback_credit_token='x' is not supported here"),
         ({"service_tier": "priority"}, "service_tier='priority' is not supported here"),
         ({"speed": "fast"}, "speed='fast' is not supported here"),
         ({"temperature": 0.001}, "temperature must be 0 or >= 0.01"),
@@ -165,7 +171,7 @@ def test_what_says_nothing_is_taken(server: Any) -> None:
     said = {
         "thinking": {"type": "disabled"}, "output_config": {"effort": None}, "mcp_servers": [], "top_p": 1, "top_k": 0,
         "tool_choice": {"type": "auto", "disable_parallel_tool_use": False}, "service_tier": "standard_only",
-        "metadata": {"user_id": None}, "speed": "standard", **cache,
+        "metadata": {"user_id": None}, "speed": "standard", "thread": False, "fallbacks": [], **cache,
         "tools": [MOVE | {"type": "custom", "strict": False, "description": None, "eager_input_streaming": True,
                           "allowed_callers": ["direct"], "input_examples": [], **cache}],
     }  # fmt: skip
@@ -182,6 +188,7 @@ def test_what_says_nothing_is_taken(server: Any) -> None:
             f"{server.url}/v1/messages",
             json=BODY | change,
             headers={"anthropic-version": "1999-01-01", "anthropic-beta": "x"},
+            timeout=60,
         )
         assert answer.status_code == 200, answer.text
 
@@ -219,6 +226,11 @@ def fails(url: str, key: str = "unused", path: str = "", **body: Any) -> anthrop
     return error
 
 
+def test_the_clients_agent_loop_is_told_that_there_are_no_threads(server: Any) -> None:
+    error = fails(server.url, extra_body={"thread": {"type": "create"}})
+    assert (error.status_code, error.error_code) == (400, "thread_unsupported_request")
+
+
 def test_every_failure_has_the_clients_own_class(start: Callable[..., Any], limits: Limits) -> None:
     locked = start(openai_key="the-acting-key").url
     for key in ("wrong", "the-trainers-key-of-this-test", "ags-nobody"):
@@ -230,7 +242,7 @@ def test_every_failure_has_the_clients_own_class(start: Callable[..., Any], limi
     missing = fails(server.url, model="another")
     assert (type(missing), missing.type) == (anthropic.NotFoundError, "not_found_error")
     assert isinstance(fails(server.url, path="/v1/sessions/ses-1"), anthropic.NotFoundError)
-    with httpx.Client(base_url=server.url, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as http:
         answers = [
             http.get("/v1/messages/batches"),
             http.get("/v1/messages"),

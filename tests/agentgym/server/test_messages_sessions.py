@@ -8,7 +8,7 @@ import anthropic
 import httpx
 import httpx2
 import pytest
-from anthropic import Anthropic
+from anthropic import Anthropic, beta_tool
 from openai import OpenAI
 from outside_agents import HELLO, say, says
 
@@ -88,6 +88,29 @@ def test_an_agent_that_sends_content_back_is_one_row_of_the_ids_it_was_sent(serv
         assert [token for token, loss in zip(row.token_ids, row.loss_mask) if loss] == ids
 
 
+def test_the_agent_loop_of_the_client_is_one_row(service):
+    """Which asks for a thread that the server is to keep, and sends whole histories where there are none."""
+    it = service(engine=says("goal <call> move up"))
+    moves: list[str] = []
+
+    def move(dir: str) -> str:
+        """Move."""
+        moves.append(dir)
+        return "1 left"
+
+    for _ in range(2):
+        session = it.open()
+        with agent(session) as client:
+            runner = client.beta.messages.tool_runner(
+                model="small", max_tokens=8, messages=HELLO, tools=[beta_tool(move)], max_iterations=3
+            )
+            assert [message.stop_reason for message in runner] == ["tool_use"] * 3
+        assert it.finish(session)["links"] == {"opening": 1, "continuation": 2}
+    assert set(moves) == {"up"}
+    it.server.client.take_batch(0, timeout_s=30, step=1)
+    assert [len(to_sequences(trajectory)) for trajectory in it.trajectories()] == [1, 1]
+
+
 def test_one_session_may_speak_both_apis(service):
     it = service(engine=says("goal <call> move up"))
     session = it.open()
@@ -161,7 +184,7 @@ def test_a_sessions_key_opens_its_own_messages_alone_by_either_header(service):
     one, other = it.open(), it.open()
     bare = str(one["base_url"]).partition("/v1/sessions/")[0]
     body: Any = {"model": "small", "messages": HELLO, "max_tokens": 3}
-    with httpx.Client(trust_env=False) as http:
+    with httpx.Client(trust_env=False, timeout=60) as http:
         for path in (f"{bare}/v1/messages", f"{one['base_url']}/messages", f"{one['base_url']}/v1/messages"):
             for headers in ({"x-api-key": one["api_key"]}, {"Authorization": f"Bearer {one['api_key']}"}):
                 answer = http.post(path, json=body, headers=headers)
