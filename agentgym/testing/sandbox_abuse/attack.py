@@ -21,7 +21,7 @@ from agentgym.sandbox.spec import ExecResult, Sandbox, SandboxSpec
 
 OpenBox = Callable[[SandboxSpec], Sandbox]
 OWN_KERNEL = ("gvisor",)  # tiers in which a program's system calls are answered by a kernel that is not the host's
-GONE_S = 10.0  # how long the kernel and a daemon may take to clear away a closed box
+GONE_S = 60.0  # how long the kernel and a daemon may take to clear away a closed box
 
 
 class Escaped(Exception):
@@ -57,13 +57,14 @@ def attack(what: str) -> Callable[[Callable[[Scene], str]], Attack]:
     def made(function: Callable[[Scene], str]) -> Attack:
         def run(open_box: OpenBox) -> Outcome:
             scene = Scene(open_box)
-            try:
-                with scene:
-                    said = function(scene)
-                scene.check_nothing_is_left()
-            except Escaped as error:
-                return Outcome(False, str(error))
-            return Outcome(True, said)
+            with scene.pinned:
+                try:
+                    with scene:
+                        said = function(scene)
+                    scene.check_nothing_is_left()
+                except Escaped as error:
+                    return Outcome(False, str(error))
+                return Outcome(True, said)
 
         return Attack(function.__name__.replace("_", " "), what, run)
 
@@ -83,6 +84,7 @@ class Scene:
         self._open_box = open_box
         self._boxes: list[Sandbox] = []
         self._namespaces: dict[str, str | None] = {}
+        self.pinned = contextlib.ExitStack()  # a namespace that is held open gives its number to no other
         self.nonce = secrets.token_hex(8)  # in the environment of every command, so that the host finds its processes
 
     def __enter__(self) -> Scene:
@@ -134,9 +136,10 @@ class Scene:
         while (left := self._left()) and time.monotonic() < until:
             time.sleep(0.05)
         require(not left, f"left on the host: {left}")
-        started = time.monotonic()
-        subprocess.run(["true"], check=True, timeout=30)
-        require(time.monotonic() - started < 10, "the host takes seconds to start a process")
+        try:
+            subprocess.run(["true"], check=True, timeout=30)
+        except subprocess.TimeoutExpired:
+            raise Escaped("the host takes half a minute to start a process") from None
 
     def _left(self) -> list[str]:
         namespaces = {namespace for namespace in self._namespaces.values() if namespace}
@@ -159,6 +162,9 @@ class Scene:
         try:
             for pid in _pids():
                 if marked in _read(pid, "environ") and (namespace := _link(pid, "ns/pid")) not in known:
+                    with contextlib.suppress(OSError):
+                        pin = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+                        self.pinned.callback(os.close, pin)
                     return namespace
             return None
         finally:
@@ -225,4 +231,4 @@ def _containers(box: Sandbox) -> list[str]:
     if client is None:
         return []
     command = [client, "ps", "--all", "--filter", f"name=^{box.name}$", "--format", "container {{.Names}} {{.Status}}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()

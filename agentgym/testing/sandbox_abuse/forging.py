@@ -14,7 +14,7 @@ from agentgym.sandbox.grading.judge_dialogue import Budget
 from agentgym.sandbox.grading.verdict import Verdict
 from agentgym.sandbox.grading.verify import VerifierPlan, verify
 from agentgym.sandbox.spec import Sandbox
-from agentgym.testing.sandbox_abuse.attack import Attack, Scene, attack, hostile, require
+from agentgym.testing.sandbox_abuse.attack import Attack, Escaped, Scene, attack, hostile, require
 
 HONEST = "import sys\nsys.stdout.writelines(reversed(sys.stdin.readlines()))\n"
 WRONG = "import sys\nsys.stdout.writelines(sys.stdin.readlines())\n"
@@ -78,7 +78,12 @@ if os.fork() == 0:
 
 
 def graded(
-    scene: Scene, box: Sandbox, programs: Mapping[str, str], mode: str = "apart", artifacts: tuple[str, ...] = ()
+    scene: Scene,
+    box: Sandbox,
+    programs: Mapping[str, str],
+    mode: str = "apart",
+    artifacts: tuple[str, ...] = (),
+    run_s: float = 1.5,
 ) -> Verdict:
     """Writes the programs, and grades each as a component of its own; the box goes on afterwards."""
     places = {name: f"/work/programs/{number}.py" for number, name in enumerate(programs)}
@@ -95,7 +100,7 @@ def graded(
         mode="together" if mode == "together" else "apart",
         components=dict.fromkeys(programs, (0.0, 1.0)),
         judge_s=30.0,
-        budget=Budget(run_s=1.5),
+        budget=Budget(run_s=run_s, total_s=40 * run_s),
     )
     verdict = verify(box, plan, scene.open)
     box.thaw()
@@ -110,10 +115,16 @@ def withstands(
     artifacts: tuple[str, ...] = (),
 ) -> str:
     """One grading: all cheats and the wrong solution get 0, the honest solution gets 1."""
-    verdict = graded(scene, box, {**BOTH, **(cheats or {})}, mode, artifacts)
-    require(verdict.score.valid, f"{mode}: nobody knows the score: {verdict.reason}, {verdict.score.why}")
-    paid = [name for name, value in verdict.score.components.items() if value > 0]
-    require(paid == ["the honest solution"], f"{mode}: the reward went to {paid} ({verdict.reason})")
+    programs = {**BOTH, **(cheats or {})}
+    for run_s in (1.5, 8.0):  # on a machine that stands still for a second, the honest solution may need the second
+        verdict = graded(scene, box, programs, mode, artifacts, run_s)
+        require(verdict.score.valid, f"{mode}: nobody knows the score: {verdict.reason}, {verdict.score.why}")
+        paid = [name for name, value in verdict.score.components.items() if value > 0]
+        require(set(paid) <= {"the honest solution"}, f"{mode}: the reward went to {paid} ({verdict.reason})")
+        if paid:
+            break
+    else:
+        raise Escaped(f"{mode}: the honest solution got nothing ({verdict.reason})")
     count = f"{len(cheats)} cheats and " if cheats else ""
     return f"{mode}: {count}the wrong solution scored 0, the honest one 1"
 

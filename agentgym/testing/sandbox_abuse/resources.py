@@ -8,8 +8,11 @@ import threading
 import time
 
 from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
+from agentgym.sandbox.spec import Sandbox
 from agentgym.testing.sandbox_abuse.attack import (
+    GONE_S,
     Attack,
+    Escaped,
     Scene,
     attack,
     available_mb,
@@ -78,11 +81,21 @@ def fork_bomb(scene: Scene) -> str:
 
 @attack("allocates 3 GiB in a box of 96 MiB, in one process and in several")
 def memory_bomb(scene: Scene) -> str:
-    box = scene.box(memory_mb=96)
-    before, least = available_mb(), available_mb()
     eat = "a = []\nfor _ in range(3072): a.append(b'x' * 2**20)\nprint('ATE ALL')"
     several = f"import os\nfor _ in range(3): os.fork()\n{eat}"
-    for code in (eat, several):
+    box, taken = scene.box(memory_mb=96), 0
+    for _ in range(3):  # others may take memory at the same time, but hardly each time
+        taken = _taken_by(box, (eat, several))
+        if taken < 1536:
+            return f"killed or refused at its limit; {scene.check_usable(box)}"
+        box = scene.box(memory_mb=96)
+    raise Escaped(f"the host had {taken} MiB less while it went on")
+
+
+def _taken_by(box: Sandbox, bombs: tuple[str, ...]) -> int:
+    """How many MiB less the host had while they went off."""
+    before, least = available_mb(), available_mb()
+    for code in bombs:
         results: list[bytes] = []
 
         def run(code: str = code, results: list[bytes] = results) -> None:
@@ -95,8 +108,7 @@ def memory_bomb(scene: Scene) -> str:
             least = min(least, available_mb())
             eating.join(0.02)
         require(b"ATE ALL" not in b"".join(results), "it got 32 times its memory")
-    require(before - least < 1536, f"the host had {before - least} MiB less while it went on")
-    return f"killed or refused at its limit; {scene.check_usable(box)}"
+    return before - least
 
 
 @attack("fills every writable folder, shared memory and the memory behind them")
@@ -126,17 +138,18 @@ print(json.dumps(taken))
 
 @attack("makes 200,000 empty files, and folders 2,000 deep")
 def inode_fill(scene: Scene) -> str:
-    box = scene.box(tmpfs_mb=4, memory_mb=96)
-    before = available_mb()
     files = "import os\ntry:\n for i in range(200_000): os.close(os.open(f'/work/{i}', 64))\nexcept OSError: pass"
     deep = (
         "import os\nos.chdir('/tmp')\ntry:\n for i in range(2000): os.mkdir('d'); os.chdir('d')\nexcept OSError: pass"
     )
-    for code in (files, deep):
-        with contextlib.suppress(SandboxTimeoutError, SandboxLimitError, SandboxDiedError):
-            hostile(box, code, timeout_s=8)
-    require(before - available_mb() < 1024, "the host lost more than 1 GiB of memory to inodes")
-    return f"ended at the limit of the folder or of memory; {scene.check_usable(box)}"
+    for _ in range(3):  # others may take memory at the same time, but hardly each time
+        box, before = scene.box(tmpfs_mb=4, memory_mb=96), available_mb()
+        for code in (files, deep):
+            with contextlib.suppress(SandboxTimeoutError, SandboxLimitError, SandboxDiedError):
+                hostile(box, code, timeout_s=8)
+        if before - available_mb() < 1024:
+            return f"ended at the limit of the folder or of memory; {scene.check_usable(box)}"
+    raise Escaped("the host lost more than 1 GiB of memory to inodes")
 
 
 @attack("opens descriptors, pipes and sockets until it cannot, in several processes")
@@ -191,10 +204,10 @@ def zombie_flood(scene: Scene) -> str:
     for _ in range(10):
         with contextlib.suppress(SandboxLimitError):
             hostile(box, code)
-    box.exec("sleep 0.3")
-    states = b"".join(box.exec("cat /proc/[0-9]*/stat").stdout.split(b"\n"))
-    require(b") Z " not in states, "zombies are left")
-    require(told(box, PROCESSES) < 8, "processes are left")
+    until = time.monotonic() + GONE_S
+    while b") Z " in box.exec("cat /proc/[0-9]*/stat").stdout or told(box, PROCESSES) >= 8:
+        require(time.monotonic() < until, "zombies or processes are left")
+        time.sleep(0.1)
     return f"all were reaped; {scene.check_usable(box)}"
 
 
@@ -203,19 +216,16 @@ def output_flood(scene: Scene) -> str:
     box = scene.box(output_limit=10_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flood = "import os\nfor _ in range(1000): os.write(%d, bytes(2**20))"
-    dropped, started = 0, time.monotonic()
+    dropped, printed = 0, 0
     for fd, count in ((1, 900), (2, 124)):
         with contextlib.suppress(SandboxTimeoutError):
             result = hostile(box, (flood % fd).replace("1000", str(count)), timeout_s=15)
             require(len(result.stdout) + len(result.stderr) < 21_000, "more output came back than its limit")
-            dropped += result.dropped_bytes
+            dropped, printed = dropped + result.dropped_bytes, printed + count * 2**20
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     require(grown < 128, f"the host's process grew by {grown} MiB")
-    if dropped:
-        require(dropped > 2**30 - 30_000, f"only {dropped} bytes are accounted for")
-    took = time.monotonic() - started
-    require(took < 60, f"it took {took:.0f} s")
-    said = "cut to head and tail, every byte counted" if dropped else "stopped at the deadline"
+    require(dropped >= printed - 30_000, f"only {dropped} of {printed} bytes are accounted for")
+    said = "cut to head and tail, every byte counted" if printed == 2**30 else "stopped at the deadline"
     return f"{said}; {scene.check_usable(box)}"
 
 

@@ -7,7 +7,7 @@ import time
 
 from agentgym.errors import InputError, SandboxError, SandboxLimitError, SandboxTimeoutError
 from agentgym.sandbox.spec import SandboxSpec
-from agentgym.testing.sandbox_conformance.questions import Opener, python, raises
+from agentgym.testing.sandbox_conformance.questions import Opener, eventually, python, raises
 
 
 def runs_commands(open_box: Opener) -> None:
@@ -104,24 +104,24 @@ print("started", flush=True)
 time.sleep(60)
 """
     with open_box(SandboxSpec()) as box:
-        box.exec("sleep 60 >/dev/null 2>&1 & sleep 0.2")  # of an earlier call: it stays
+        box.exec("sleep 600 >/dev/null 2>&1 &")  # of an earlier call: it stays
+        eventually(lambda: b"sleep" in box.exec("cat /proc/[0-9]*/comm").stdout, "it did not begin")
         before = sorted(box.exec("cat /proc/[0-9]*/comm").stdout.split())
         started = time.monotonic()
         raises(SandboxTimeoutError, lambda: python(box, daemon, timeout_s=1.0))
-        assert 0.9 < time.monotonic() - started < 8
+        assert time.monotonic() - started > 0.9
         after = sorted(box.exec("cat /proc/[0-9]*/comm").stdout.split())
         assert after == before, (before, after)
-        assert b"sleep" in before
         raises(SandboxTimeoutError, lambda: box.exec("trap '' TERM INT HUP; while :; do :; done", timeout_s=0.3))
         raises(SandboxTimeoutError, lambda: box.exec("kill -STOP $$", timeout_s=0.3))
 
 
 def does_not_wait_for_background_processes(open_box: Opener) -> None:
     with open_box(SandboxSpec()) as box:
-        result = box.exec("(while :; do echo flood; done) & echo first", timeout_s=20)
-        assert (result.exit_code, result.seconds < 5) == (0, True)
+        result = box.exec("(while :; do echo flood; done) & echo first", timeout_s=120)
+        assert (result.exit_code, result.seconds < 90) == (0, True)
         assert b"first" in result.stdout
-        assert box.exec("sleep 60 & echo done", timeout_s=20).stdout == b"done\n"
+        assert box.exec("sleep 600 & echo done", timeout_s=120).stdout == b"done\n"
 
 
 def reaps_orphans(open_box: Opener) -> None:
@@ -129,6 +129,5 @@ def reaps_orphans(open_box: Opener) -> None:
     with open_box(SandboxSpec(pids=64)) as box:
         for _ in range(4):
             python(box, orphans)
-        box.exec("sleep 0.1")
-        assert b"Z" not in box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout
-        assert int(box.exec("echo /proc/[0-9]* | wc -w").stdout) < 6
+            eventually(lambda: int(box.exec("echo /proc/[0-9]* | wc -w").stdout) < 6, "the orphans live on")
+        eventually(lambda: b"Z" not in box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout, "orphans are not reaped")

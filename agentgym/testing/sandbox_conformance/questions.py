@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 from agentgym.sandbox.spec import ExecResult, Sandbox, SandboxSpec
@@ -21,6 +22,14 @@ def answer(box: Sandbox, code: str) -> object:
     result = python(box, code)
     assert result.exit_code == 0, result.stderr.decode(errors="replace")
     return json.loads(result.stdout)
+
+
+def eventually(holds: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    """Waits until it is so, on a machine that may stand still for seconds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
 
 
 def raises(kind: type[Exception], call: Callable[[], object]) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from agentgym.errors import ArchiveError, InputError, SandboxError, SandboxLimitError
 from agentgym.sandbox.archive import Archive, ArchivedFile
 from agentgym.sandbox.spec import Sandbox, SandboxSpec
-from agentgym.testing.sandbox_conformance.questions import Opener, raises
+from agentgym.testing.sandbox_conformance.questions import Opener, eventually, raises
 
 # one write for each line, so a file is never seen between two states
 COUNTER = "i=0; while :; do i=$((i + 1)); echo $i >> /work/a; echo $i >> /work/b; done"
@@ -86,14 +87,16 @@ def exports_files_and_folders_only(open_box: Opener) -> None:
 def exports_one_moment(open_box: Opener) -> None:
     with open_box(SandboxSpec()) as box:
         box.exec(f"touch a b; ({COUNTER}) >/dev/null 2>&1 &")
-        seen = set()
-        for _ in range(8):
+        seen: list[int] = []
+
+        def goes_on() -> bool:
             found = box.export(["a", "b"])
             first, second = (last(found.read(f"work/{name}")) for name in "ab")
             assert first - second in (0, 1)
-            seen.add(first)
-            time.sleep(0.05)
-        assert len(seen) > 1, "what runs in the box goes on between exports"
+            seen.append(first)
+            return len(seen) >= 8 and len(set(seen)) > 1
+
+        eventually(goes_on, "what runs in the box goes on between exports")
 
 
 def stands_still(open_box: Opener) -> None:
@@ -124,8 +127,7 @@ def stands_still(open_box: Opener) -> None:
         box.thaw()
         box.thaw()
         assert not box.frozen
-        time.sleep(0.3)
-        assert last(box.read_file("/work/a")) > last(first[0])
+        eventually(lambda: last(box.read_file("/work/a")) > last(first[0]), "it does not go on")
         assert box.exec("echo alive").stdout == b"alive\n"
 
 
@@ -134,15 +136,23 @@ def goes_on_with_what_it_stopped(open_box: Opener) -> None:
         box.exec("setsid sleep 60 >/dev/null 2>&1 & echo $! > own; sleep 0.2; kill -STOP $!")
         box.exec("sleep 60 >/dev/null 2>&1 & echo $! > other")
         waiting: list[bytes] = []
-        call = threading.Thread(target=lambda: waiting.append(box.exec("sleep 0.5; echo whole").stdout))
-        call.start()
-        time.sleep(0.1)
-        box.freeze()  # one call at a time: it waits for the one that runs
-        call.join()
+
+        def wait() -> None:
+            with contextlib.suppress(SandboxError):  # "is frozen": it had not begun
+                waiting.append(box.exec("sleep 0.5; echo whole").stdout)
+
+        for head_start in (0.1, 1.0, 5.0, 20.0):
+            call = threading.Thread(target=wait)
+            call.start()
+            time.sleep(head_start)
+            box.freeze()  # one call at a time: it waits for the one that runs
+            call.join()
+            box.thaw()
+            if waiting:
+                break
         assert waiting == [b"whole\n"]
-        box.thaw()
-        states = box.exec("for p in own other; do cut -d' ' -f3 /proc/$(cat $p)/stat; done").stdout
-        assert states == b"T\nS\n", "what had stopped itself stays stopped"
+        states = "for p in own other; do cut -d' ' -f3 /proc/$(cat $p)/stat; done"
+        eventually(lambda: box.exec(states).stdout == b"T\nS\n", "what had stopped itself stays stopped")
 
 
 def forks(open_box: Opener) -> None:
@@ -162,8 +172,7 @@ def forks(open_box: Opener) -> None:
             assert there == here, f"{there}\n-- and in the box --\n{here}"
             assert twin.exec("cat /proc/[0-9]*/comm | grep -c sleep").stdout == b"0\n"
             first = twin.read_file("/work/a")
-            time.sleep(0.3)
-            assert last(box.read_file("/work/a")) > last(first), "the processes of the one go on"
+            eventually(lambda: last(box.read_file("/work/a")) > last(first), "the processes of the one go on")
             assert twin.read_file("/work/a") == first, "and are not in the other"
             twin.write_file("/work/only", b"here")
             raises(SandboxError, lambda: box.read_file("/work/only"))

@@ -18,6 +18,7 @@ import pytest
 from agentgym.sandbox.ownership.daemon_http import DaemonHttp
 from agentgym.sandbox.ownership.lease import default_daemon, runtime_folder
 from agentgym.sandbox.ownership.leftovers import cgroup_folders
+from agentgym.sandbox.ownership.reaper import is_locked
 
 TIERS = [pytest.param("docker", marks=pytest.mark.docker), pytest.param("namespace", marks=pytest.mark.bubblewrap)]
 OWNER = """
@@ -65,7 +66,10 @@ class OwnerProcess:
         assert len(self.left()["processes"]) >= live, "the boxes should be running something"
 
     def reaper(self) -> int:
-        (pid,) = running(f"reaper.py\0{self.folder}")
+        """Once what launched it has gone."""
+        mark = f"reaper.py\0{self.folder}"
+        gone(lambda: len(running(mark)) != 1 or not is_locked(self.folder / "reaper"))
+        (pid,) = running(mark)
         return pid
 
     def kill(self) -> None:
@@ -118,7 +122,7 @@ def running(mark: str) -> list[int]:
     return found
 
 
-def gone(what: Callable[[], object], seconds: float = 25.0) -> None:
+def gone(what: Callable[[], object], seconds: float = 90.0) -> None:
     until = time.monotonic() + seconds
     while left := what():
         assert time.monotonic() < until, left
@@ -191,12 +195,12 @@ def test_a_process_group_is_killed_and_a_session_hung_up(start: Callable[..., Ow
 
 
 def test_a_stopped_owner_loses_its_boxes_when_their_lease_is_over(tier: str, start: Callable[..., OwnerProcess]):
-    owner = start(tier, live=3, starting=0, lease_s=3.0)
-    time.sleep(4.0)
+    owner = start(tier, live=3, starting=0, lease_s=8.0)
+    time.sleep(9.0)
     assert len(owner.left()["processes"]) >= 3, "while it lives, its leases are renewed"
     owner.process.send_signal(signal.SIGSTOP)
-    gone(lambda: owner.left().get("processes"), 10)
-    gone(lambda: [found for found in owner.left().get("containers", ()) if "running" in found], 10)
+    gone(lambda: owner.left().get("processes"))
+    gone(lambda: [found for found in owner.left().get("containers", ()) if "running" in found])
     owner.kill()
     gone(owner.left)
 
