@@ -229,3 +229,11 @@ def test_what_would_make_tokens_unusable_is_refused_by_name(service):
             with pytest.raises(anthropic.BadRequestError, match="has sampled 5 tokens of 5") as refused:
                 respond(client, list(HELLO))
             assert refused.value.error_code == "session_limit_reached"
+
+
+def test_a_session_samples_to_the_end_of_the_context_at_most(service):
+    it = service(engine=says("up down left up " * 40))
+    with agent(it.open(), max_retries=0) as client:
+        answer, ids = respond(client, list(HELLO), max_tokens=10_000)
+    assert answer.stop_reason == "model_context_window_exceeded"
+    assert answer.usage.input_tokens + len(ids) == 120
