@@ -33,7 +33,6 @@ def revisions_of(folder: Path, steps: range) -> list[Trajectory]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # two runs
-@pytest.mark.timeout(600)
 def test_a_run_trains_on_corrections_beside_plain_groups_and_resumes(tmp_path: Path) -> None:
     train(
         QUICKSTART, f"run.dir={tmp_path}", "trainer.steps=4", "trainer.checkpoint_every=2", "evaluation.episodes=0",

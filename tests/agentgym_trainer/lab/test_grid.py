@@ -125,7 +125,6 @@ def start(small_lab: list[str], out: Path, num_seeds: int) -> subprocess.Popen[s
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.timeout(900)
 def test_a_killed_lab_leaves_nobody_computing_and_goes_on_where_it_was(small_lab, tmp_path) -> None:
     cells = tmp_path / "cells"
     first = start(small_lab, tmp_path, num_seeds=20)  # more than end before it is killed
