@@ -128,7 +128,7 @@ def test_a_cancelled_request_frees_its_place_on_the_server(house: House) -> None
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         served = [-1, -1]
-        for _ in range(100):
+        for _ in range(1000):
             served = [await house.running_on_server(index) for index in range(2)]
             if served == [0, 0]:
                 break
@@ -294,7 +294,7 @@ def test_requests_that_come_while_paused_are_sent_back(house: House) -> None:
             await begun([heard], 3)
             await engine.pause()
             try:
-                (segment,) = await asyncio.wait_for(running, 10)
+                (segment,) = await asyncio.wait_for(running, 60)
                 assert list(segment.token_ids) == heard
                 finish_reason = segment.finish_reason
                 assert finish_reason == ("length" if len(heard) == 200 else "abort")
@@ -319,18 +319,21 @@ def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -
         await house.all_serve()
         # the first steps of a batch of another size are slow: one server must not be done before the other has begun
         await asyncio.gather(*(house.policy.complete(prompt, SamplingParams(5)) for prompt in work))
-        streams: list[list[int]] = [[] for _ in work]
-        running = [
-            asyncio.ensure_future(
-                house.policy.complete(prompt, SamplingParams(200, seed=index, session=f"k{index}"), hearing(stream))
-            )
-            for index, (prompt, stream) in enumerate(zip(work, streams, strict=True))
-        ]
-        while len(engine._dispatch.calls) < len(work):
-            await asyncio.sleep(0.002)
-        placed = [engine._dispatch._sessions[f"k{index}"] for index in range(len(work))]
-        await begun([stream for stream, seat in zip(streams, placed, strict=True) if seat is engine.seats[1]], 3)
-        assert engine.seats[1].running, engine.replicas()
+        running: list[asyncio.Future[Completion]] = []
+        streams: list[list[int]] = []
+        while not engine.seats[1].running:  # where this process was late, they have come to their end: once more
+            await asyncio.gather(*running)
+            streams = [[] for _ in work]
+            running = [
+                asyncio.ensure_future(
+                    house.policy.complete(prompt, SamplingParams(200, seed=index, session=f"k{index}"), hearing(stream))
+                )
+                for index, (prompt, stream) in enumerate(zip(work, streams, strict=True))
+            ]
+            while not all(f"k{index}" in engine._dispatch._sessions for index in range(len(work))):
+                await asyncio.sleep(0.002)
+            placed = [engine._dispatch._sessions[f"k{index}"] for index in range(len(work))]
+            await begun([stream for stream, seat in zip(streams, placed, strict=True) if seat is engine.seats[1]], 3)
         processes = house.server_processes(1)
         assert len(processes) >= 3
         os.kill(processes[0].pid, signal.SIGKILL)
@@ -340,7 +343,8 @@ def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -
             assert len(stream) == 200
             assert completion.kv_versions == completion.policy_versions
             house.assert_exact(prompt, completion)
-        status = engine.replicas()[1]
+        while (status := engine.replicas()[1]).state == "serving":  # nothing was on it, and it is looked at in a moment
+            await asyncio.sleep(0.01)
         assert status.state in ("lost", "starting")
         assert "SIGKILL" in status.error or "went away" in status.error or "half-way" in status.error
         await house.policy.publish(house.update())
