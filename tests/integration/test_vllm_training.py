@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -57,6 +58,16 @@ class Run:
             assert self.process.poll() is None, self.end()
             assert time.monotonic() < deadline, self.log()[-3000:]
             time.sleep(0.05)
+
+    def busy(self) -> bool:
+        """Whether every server has requests just now, as the service says to anybody who asks it."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, httpx.TransportError):
+                if "agentgym.server" in child.cmdline():
+                    ports = [each.laddr.port for each in child.net_connections("tcp4") if each.status == "LISTEN"]
+                    replicas = httpx.get(f"http://127.0.0.1:{ports[0]}/v1/policy", timeout=60).json()["replicas"]
+                    return len(replicas) == 2 and all(replica["running"] for replica in replicas)
+        return False
 
     def kill_a_server(self) -> None:
         """The HTTP process of one of the servers that run now, the one that was started first."""
@@ -115,6 +126,7 @@ def test_kill_9_of_one_of_two_servers_while_a_run_trains(tmp_path: Path, vllm_py
     run = Run(tmp_path, vllm_python, steps)
     try:
         run.wait(lambda: len(run.rows()) >= 1)
+        run.wait(run.busy)
         run.kill_a_server()
         said = run.end()
     finally:
