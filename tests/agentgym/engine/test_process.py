@@ -231,12 +231,15 @@ def test_the_child_leaves_when_its_parent_dies(model_of, end: signal.Signals) ->
         [sys.executable, "-c", PARENT, str(model_of("llama")[0])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert parent.stdout is not None
-    pid, torch_in_parent = parent.stdout.readline().split()
-    assert torch_in_parent == b"False"
-    assert not gone(int(pid))
-    parent.send_signal(end)
-    parent.wait(60)
-    parent.stdout.close()
+    with parent.stdout:
+        try:
+            pid, torch_in_parent = parent.stdout.readline().split()
+            assert torch_in_parent == b"False"
+            assert not gone(int(pid))
+            parent.send_signal(end)
+            parent.wait(60)
+        finally:
+            parent.kill()
     assert wait_for(lambda: gone(int(pid)))
 
 

@@ -224,6 +224,7 @@ class Trainer:
         self.model = model
         self.log = VersionLog(tmp_path / "versions")
         self.version = self.log.append(published_weights(model))
+        self.live: set[int] = set()
         self.models = {0: copy.deepcopy(model)}
         reader = VersionReader(self.log.folder)
         self.anchors = {
@@ -243,12 +244,13 @@ class Trainer:
     def publish(self) -> PublishReport:
         self.world.room = len(self.world.ended) + 4
         while not self.world.sampling():
-            # again: whoever is slow to look finds those that had room at their end, and nobody sampling
-            self.world.room = len(self.world.ended) + 4
+            if len(self.world.ended) >= self.world.room:  # who is slow to look finds that all have ended
+                self.world.room = len(self.world.ended) + 4
             time.sleep(0.001)
         self.interruption.before_update(self.version)
         move(self.model, self.version)
-        self.hold("service", {*self.world.live_versions(), self.version})
+        self.live = {*self.world.live_versions(), self.version}
+        self.hold("service", self.live)
         self.version = self.log.append(published_weights(self.model))
         self.models[self.version] = copy.deepcopy(self.model)
         update = WeightUpdate(self.version, self.log.path(self.version))
@@ -272,7 +274,7 @@ class Trainer:
             for name in names:
                 mine = found[name][number]
                 assert torch.equal(mine, found[names[0]][number]), name
-                torch.testing.assert_close(mine, exact, atol=1e-5, rtol=0.0)
+                torch.testing.assert_close(mine, exact, atol=3e-5, rtol=0.0)
             sampled = one.behavior_logprobs[one.loss_mask]  # the engine had the same weights
             torch.testing.assert_close(exact[one.loss_mask], sampled, atol=1e-4, rtol=0.0)
             versions = one.policy_versions[one.loss_mask]
@@ -323,7 +325,7 @@ def test_interruptions_score_each_token_under_its_own_version(
         trainer.publish()
     assert stale > 30
     assert trainer.interruption.metrics()["anchor/broken_pauses"] == 0
-    assert set(trainer.log.versions) <= set(range(trainer.version - 9, trainer.version + 1))
+    assert set(trainer.log.versions) <= trainer.live | {trainer.version}  # the records need none
 
 
 def test_mutant_that_does_not_pause_leaves_tokens_without_old_logprobs(
