@@ -48,7 +48,20 @@ class Outside:
             await asyncio.sleep(0.1)
 
     async def game(self, task: str) -> None:
-        """One recorded game."""
+        """One recorded game. A service that fails, or is about to end, loses it, and another one takes its place in
+        the group."""
+        while True:
+            try:
+                return await self.try_game(task)
+            except (httpx.HTTPError, APIError) as error:
+                response = getattr(error, "response", None)
+                refused = response is not None and response.status_code < 500
+                if refused or not await self.lives():
+                    raise
+                print(f"a game was lost: {type(error).__name__}: {error}")
+                await asyncio.sleep(0.2)
+
+    async def try_game(self, task: str) -> None:
         session = await self.open(task)
         path = f"/v1/sessions/{session['id']}"
         policy = self.openai.with_options(base_url=session["base_url"], api_key=session["api_key"])

@@ -57,7 +57,7 @@ def test_an_unfinished_checkpoint_is_not_listed_and_old_ones_are_removed(tmp_pat
     ("raised", "seen", "said"),
     [
         (OSError(28, "No space left on device"), CheckpointError, "step-000002 cannot be written"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
 def test_a_disk_that_refuses_and_ctrl_c_leave_the_checkpoint_before(tmp_path, monkeypatch, raised, seen, said):

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import exact_cost, separation
 
 
+@pytest.mark.slow  # what is counted is tested with the lab's cost table
 def test_exact_cost_has_an_entry_for_every_anchor() -> None:
     figures = exact_cost.run(quick=True)
     anchors = figures["anchors"]
