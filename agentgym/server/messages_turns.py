@@ -13,7 +13,7 @@ from typing import Any
 from agentgym.messages import Message, ToolCall
 from agentgym.server.messages_inputs import arguments_of
 from agentgym.server.openai_errors import ParameterError
-from agentgym.server.openai_requests import check_no_others, short
+from agentgym.server.openai_requests import check_no_others, read_word, short
 
 _TEXT = {"type": "string"}
 _WORD = {"type": "string", "minLength": 1}
@@ -140,7 +140,7 @@ class _Reader:
 
     def _result(self, place: str, block: Mapping[str, Any]) -> None:
         check_no_others(place, block, _RESULT_KEYS)
-        call_id = _word(place, block, "tool_use_id")
+        call_id = read_word(place, block, "tool_use_id")
         if call_id not in self._called:
             raise ParameterError(place, f"{place}: no tool_use before it has the id {short(call_id)}")
         if call_id in self._answered:
@@ -171,7 +171,7 @@ class _Reader:
     def _call(self, place: str, block: Mapping[str, Any]) -> ToolCall:
         known = _USE_KEYS if block.get("caller") == _DIRECT else _USE_KEYS - {"caller"}
         check_no_others(place, block, known)
-        call_id, name = _word(place, block, "id"), _word(place, block, "name")
+        call_id, name = read_word(place, block, "id"), read_word(place, block, "name")
         value = block.get("input")
         if not isinstance(value, dict):
             raise ParameterError(place, f"{place}.input must be an object, got {short(value)}")
@@ -205,10 +205,3 @@ def _text(place: str, block: Any) -> str:
     if not isinstance(block.get("text"), str):
         raise ParameterError(place, f"{place}.text must be text, got {short(block.get('text'))}")
     return block["text"]
-
-
-def _word(place: str, block: Mapping[str, Any], key: str) -> str:
-    value = block.get(key)
-    if not isinstance(value, str) or not value:
-        raise ParameterError(place, f"{place}.{key} must be text that is not empty, got {short(value)}")
-    return value

@@ -353,6 +353,14 @@ def check_no_others(place: str, value: Mapping[str, Any], known: Container[str])
             raise ParameterError(name, f"unknown parameter '{name}'")
 
 
+def read_word(place: str, value: Mapping[str, Any], key: str) -> str:
+    """The text under `key`. Raises ParameterError for what is none, and for an empty one."""
+    word = value.get(key)
+    if not isinstance(word, str) or not word:
+        raise ParameterError(place, f"{place}.{key} must be text that is not empty, got {short(word)}")
+    return word
+
+
 def named(place: str, read: Callable[[dict[str, Any]], T], value: dict[str, Any]) -> T:
     """What `read` makes of it. Raises ParameterError naming the place."""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from agentgym.messages import Message, Role, ToolCall
 from agentgym.server.openai_errors import ParameterError
-from agentgym.server.openai_requests import check_no_others, short
+from agentgym.server.openai_requests import check_no_others, read_word, short
 
 _TEXT = {"type": "string"}
 _PART = {
@@ -129,7 +129,7 @@ class _Reader:
 
     def _call(self, place: str, item: dict[str, Any]) -> None:
         check_no_others(place, item, _CALL_KEYS)
-        call_id, name = _word(place, item, "call_id"), _word(place, item, "name")
+        call_id, name = read_word(place, item, "call_id"), read_word(place, item, "name")
         arguments = item.get("arguments")
         if not isinstance(arguments, str):
             raise ParameterError(place, f"{place}.arguments must be text (JSON), got {short(arguments)}")
@@ -143,7 +143,7 @@ class _Reader:
 
     def _output(self, place: str, item: dict[str, Any]) -> None:
         check_no_others(place, item, _OUTPUT_KEYS)
-        call_id = _word(place, item, "call_id")
+        call_id = read_word(place, item, "call_id")
         if call_id not in self._called:
             raise ParameterError(place, f"{place}: no function_call before it has the call_id {short(call_id)}")
         if call_id in self._answered:
@@ -151,13 +151,6 @@ class _Reader:
         self._answered.add(call_id)
         self.end_reply()
         self.messages.append(Message("tool", _text(f"{place}.output", item.get("output")), (), call_id))
-
-
-def _word(place: str, item: Mapping[str, Any], key: str) -> str:
-    value = item.get(key)
-    if not isinstance(value, str) or not value:
-        raise ParameterError(place, f"{place}.{key} must be text that is not empty, got {short(value)}")
-    return value
 
 
 def _text(place: str, content: Any) -> str:

@@ -50,7 +50,7 @@ KEEPER_UID = 10003  # of pid 1; neither a box's commands nor a verifier's
 CALL_S = 60.0  # for reading, writing and moving files
 FULL = ("No space left", "File too large", "quota exceeded")
 TOO_LARGE = 93
-LOST = 126  # what the daemon notes, too, where a command's connection ended before its output did
+LOST = 126  # what the daemon notes where a command's connection ended before its output did
 CODES = {
     91: "there is no such file",
     92: "it is not a regular file",
@@ -118,6 +118,8 @@ class DockerExecSandbox:
         (stdout, dropped_out), (stderr, dropped_err) = (capture.result() for capture in captures)
         if code == 125 and err.ended and not out.ended:
             raise SandboxError(f"sandbox {self.name}: the directory {cwd!r} cannot be entered")
+        if not (out.ended and err.ended) and _was_lost(code, stdout):
+            raise self._died(OSError("the connection ended before all of its output had come"))
         return ExecResult(code, stdout, stderr, dropped_out + dropped_err, seconds)
 
     def read_file(self, path: str) -> bytes:
@@ -294,7 +296,7 @@ class DockerExecSandbox:
         wrapped = ["sh", "-c", WHOLE, "sh", mark, *argv]
         with self._lock:
             code, _ = self._run(wrapped, argv[:1], b"", CALL_S, keep, said.add, lambda: data.endswith(mark.encode()))
-        if code in (0, LOST) and not data.endswith(mark.encode()) and not said.result()[0]:
+        if not data.endswith(mark.encode()) and _was_lost(code, data):
             raise self._died(OSError("the connection ended before all of it had come"))
         self._check(code, said, path)
         return bytes(data[: -len(mark)])
@@ -369,3 +371,9 @@ class DockerExecSandbox:
 
 def _ignore(_: bytes) -> None:
     pass
+
+
+def _was_lost(code: int, printed: bytes | bytearray) -> bool:
+    """Whether it was the connection that kept a mark from coming, and not a shell that could not begin: it may have no
+    place for one more process; where it could not even be started, the daemon notes LOST as well and prints why."""
+    return code == 0 or (code == LOST and not printed.startswith(b"OCI runtime"))

@@ -253,15 +253,21 @@ def after_two_frames(came: bytearray) -> int:
 
 @pytest.mark.docker
 @pytest.mark.parametrize("beyond", [0, 100], ids=["between frames", "within a frame"])
-def test_a_file_whose_end_was_lost_on_the_way_is_not_a_shorter_file(
-    relay: tuple[DockerHost, Relay], beyond: int
+@pytest.mark.parametrize(
+    "ask",
+    [lambda box: box.read_file("large"), lambda box: box.exec("cat large"), lambda box: box.export(["/work"])],
+    ids=["file", "output", "tree"],
+)
+def test_what_lost_its_end_on_the_way_is_not_something_shorter(
+    relay: tuple[DockerHost, Relay], ask: Callable[[Sandbox], object], beyond: int
 ) -> None:
     host, between = relay
-    with DockerExecSandbox(SandboxSpec(), host) as box:
+    with DockerExecSandbox(SandboxSpec(output_limit=1_000_000), host) as box:
         box.write_file("large", bytes(400_000))
+        box.exec("python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"/work/socket\")'")  # tar warns of it
         between.passes = lambda came: min(after_two_frames(came) + beyond, len(came))
         with pytest.raises(SandboxDiedError, match=rf"{box.name} died: .*\blost"):
-            box.read_file("large")
+            ask(box)
 
 
 def test_a_daemon_that_never_answers_is_not_waited_for() -> None:
