@@ -160,7 +160,7 @@ def forks(open_box: Opener) -> None:
         box.put({"deep/a": "text", "big": bytes(3 * 2**20)})
         box.exec("ln -s deep/a link; ln big big2; mkfifo pipe; chmod 640 deep/a; chmod 500 deep; echo l > /logs/l")
         box.exec("touch -d '2001-02-03 04:05:06.5' deep/a; touch -d 1999-01-01 deep; echo t > /tmp/t")
-        box.exec(f"cd /tmp; ({COUNTER}) >/dev/null 2>&1 &")
+        box.exec(f"touch a b; cd /tmp; ({COUNTER}) >/dev/null 2>&1 &")  # made here: it begins when it likes
         listing = (
             "find /work /tmp /logs ! -name a ! -name b -printf '%p %y %m %n %l %s %T@\\n' | grep -v '^/work d' | sort"
         )
