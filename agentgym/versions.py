@@ -80,12 +80,14 @@ class VersionReader:
         another model, or its file is corrupt, CheckpointError if the disk refuses."""
         self._require(version)
         start = self._nearest_full(version)
-        assert start is not None, "what is in the log is reached from a full copy"
+        steps = self.steps(start, version) if start is not None else None
+        if start is None or steps is None:
+            raise VersionError(f"policy version {version} left the log {self.folder} while it was read")
         try:
             if self._metadata is not None and read_metadata(self._full(start)) != self._metadata:
                 raise VersionError(f"policy version {version} in {self.folder} is of another model, or adapter")
             weights = load_file(self._full(start))
-            for step in self.steps(start, version) or ():
+            for step in steps:
                 flip(weights, step)
         except OSError as error:
             raise CheckpointError(f"policy version {version} cannot be read from {self.folder}: {error}") from error

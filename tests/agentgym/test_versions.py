@@ -136,6 +136,31 @@ def test_a_reader_follows_the_log_of_another_process(tmp_path):
         reader.read(7)
 
 
+class Interrupted(VersionReader):
+    """A reader whose process stands still within a read while the keeper of the log drops what it reads: behind its
+    first or its second look at the files."""
+
+    def __init__(self, log: VersionLog, looks: int) -> None:
+        super().__init__(log.folder)
+        self._log, self._looks = log, looks
+
+    def _nearest_full(self, version: int) -> int | None:
+        found = super()._nearest_full(version)
+        self._looks -= 1
+        if not self._looks:
+            self._log.hold("test", [])
+        return found
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_version_that_leaves_while_it_is_read_is_a_typed_error_and_not_another_version(tmp_path, looks):
+    log = filled(tmp_path, drifting(5))
+    log.hold("test", [1])  # it is reached from version 4, which stays
+    with pytest.raises(VersionError, match=r"version 1 left the log .* while it was read"):
+        Interrupted(log, looks).read(1)
+    assert log.versions == (4,)
+
+
 # --------------------------------------------------------------------------------------------- deltas in the log
 
 
