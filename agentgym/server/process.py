@@ -68,9 +68,11 @@ def serve(
     key_file = run_dir / KEY_FILE
 
     def announce(listening: Listening) -> None:
-        key_file.unlink(missing_ok=True)
-        with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        partial = key_file.with_suffix(".partial")  # whoever waits for the file finds it whole
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(listening.keys.trainer)
+        os.replace(partial, key_file)
         locked = "with the key of server.api_key_file" if listening.keys.openai else "without a key"
         report(f"{config.model.name} is served at {listening.url}/v1 ({locked})")
         report(f"a trainer connects with run.service_url={listening.url} and the key in {key_file}; Ctrl-C ends it")

@@ -92,7 +92,7 @@ def main() -> int:
         session = opened.raise_for_status().json()
         with open_sandbox(options.tier, SandboxSpec()) as box:
             status = solve(session, box, options.task)
-            found = box.exec(["cat", "answer.txt"])
+            found = box.exec(["cat", "answer.txt"], timeout_s=60.0)
         reward = float(found.stdout.decode("utf-8", "replace").strip() == options.expect)
         body = {"components": {"solved": reward}, "status": "terminated" if status == "Submitted" else "truncated"}
         done = service.post(f"/v1/sessions/{session['id']}/finish", json=body).raise_for_status().json()

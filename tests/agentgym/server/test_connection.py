@@ -42,7 +42,9 @@ def drip(connection: socket.socket, text: bytes) -> bytes:
             part = connection.recv(65536)
         except TimeoutError:
             continue
-        except OSError:  # it hung up on us in the middle of a byte
+        except OSError:  # it hung up on us in the middle of a byte; what it said before may wait to be read
+            with suppress(OSError):
+                said += connection.recv(65536)
             return said
         if not part:
             return said
@@ -62,6 +64,20 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
     return status, headers, json.loads(reader.read(int(headers["content-length"])))
 
 
+def begin(url: str, request: bytes = READY) -> tuple[socket.socket, int]:
+    """A connection whose first request was answered, and the status. Whoever stands still for HEAD_S between connecting
+    and asking is hung up on, and begins anew."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        connection = connect(url)
+        try:
+            connection.sendall(request)
+            return connection, read_answer(connection)[0]
+        except (OSError, IndexError):  # IndexError: no status line
+            connection.close()
+            assert time.monotonic() < deadline
+
+
 @pytest.fixture
 def limited(start: Callable[..., Any], limits: Limits) -> Callable[..., Any]:
     def begin(engine: Any = None, **connection: Any) -> Any:
@@ -78,16 +94,25 @@ def server(limited: Callable[..., Any]) -> Any:
 
 
 def failures(url: str) -> dict[str, float]:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            lines = httpx.get(f"{url}/metrics").text.splitlines()
+            break
+        except httpx.TransportError:  # hung up on, as in `begin`
+            assert time.monotonic() < deadline
     found = (line.rsplit(" ", 1) for line in lines if line.startswith("agentgym_failures_total{"))
     return {name.split('"')[1]: float(value) for name, value in found}
 
 
 def test_a_head_that_drips_is_given_up(server: Any) -> None:
-    began = time.monotonic()
-    with closing(connect(server.url)) as connection:
-        said = drip(connection, ENDLESS)
-    assert time.monotonic() - began >= HEAD_S
+    said = b""
+    deadline = time.monotonic() + PATIENCE_S
+    while not said and time.monotonic() < deadline:  # no word, as in `begin`: its first byte came too late
+        began = time.monotonic()
+        with closing(connect(server.url)) as connection:
+            said = drip(connection, ENDLESS)
+        assert time.monotonic() - began >= HEAD_S
     head, _, body = said.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in head
@@ -97,25 +122,25 @@ def test_a_head_that_drips_is_given_up(server: Any) -> None:
 
 
 def test_so_is_one_behind_an_answered_request(server: Any) -> None:
-    with closing(connect(server.url)) as connection:
-        connection.sendall(READY)
-        assert read_answer(connection)[0] == 200
+    connection, status = begin(server.url)
+    with closing(connection):
+        assert status == 200
         assert drip(connection, ENDLESS).startswith(b"HTTP/1.1 408 ")
 
 
 def test_so_is_a_body_that_nobody_waits_for_any_more(server: Any) -> None:
-    with closing(connect(server.url)) as connection:
-        refused = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
-        connection.sendall(refused)
-        assert read_answer(connection)[0] == 413
+    refused = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
+    connection, status = begin(server.url, refused)
+    with closing(connection):
+        assert status == 413
         drip(connection, b"a" * 10_000)  # ended within PATIENCE_S, or this fails
 
 
 def test_a_stranger_s_body_is_not_even_waited_for(server: Any) -> None:
     """Who brings no key may ask how the server is, and fill no memory with it."""
-    with closing(connect(server.url)) as connection:
-        connection.sendall(READY.replace(b"Host", b"Content-Length: 40000\r\nHost"))
-        assert read_answer(connection)[0] == 200
+    connection, status = begin(server.url, READY.replace(b"Host", b"Content-Length: 40000\r\nHost"))
+    with closing(connection):
+        assert status == 200
         said = b""
         with suppress(ConnectionError):
             connection.sendall(b"a" * 40_000)
@@ -134,11 +159,13 @@ def test_the_time_of_a_head_is_not_that_of_an_answer_or_of_a_pause(limited: Call
     chat = {"model": "small", "messages": [{"role": "user", "content": "1 up"}], "max_tokens": 12, "seed": 1}
     body = json.dumps(chat | {"temperature": 1.0}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with closing(connect(server.url)) as connection:
-        for _ in range(2):
-            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            assert read_answer(connection)[0] == 200  # 1.2 s, if no token ends it
-            time.sleep(2 * HEAD_S)  # an idle connection is kept
+    request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    connection, status = begin(server.url, request)  # 1.2 s, if no token ends it
+    with closing(connection):
+        assert status == 200
+        time.sleep(2 * HEAD_S)  # an idle connection is kept
+        connection.sendall(request)
+        assert read_answer(connection)[0] == 200
 
 
 def test_only_so_many_connections_are_open(limited: Callable[..., Any]) -> None:
@@ -166,7 +193,7 @@ def test_only_so_many_connections_are_open(limited: Callable[..., Any]) -> None:
 
 
 def test_an_answer_that_nobody_reads_is_given_up(limited: Callable[..., Any]) -> None:
-    server = limited(max_read_s=0.5)
+    server = limited(max_read_s=0.5, max_head_s=PATIENCE_S)
     with closing(socket.socket()) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         where = urlsplit(server.url)

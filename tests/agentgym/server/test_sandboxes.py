@@ -42,7 +42,8 @@ class BoxMaze(Maze):
     def reset_task(self, task: str, rng: np.random.Generator) -> str | Sequence[Message]:
         self.close()
         self._box = self._boxes.open(SandboxSpec(memory_mb=64))
-        assert self._box.exec("test -e /work/used && echo dirty; touch /work/used").text == ""
+        answer = self._box.exec("test -e /work/used && echo dirty; touch /work/used", timeout_s=60.0)
+        assert answer.text == ""
         return super().reset_task(task, rng)
 
     def close(self) -> None:

@@ -185,7 +185,7 @@ SCRIPT = """
 
     async def slow(config, folder):
         size = max(load_renderer(folder).encoder.control_ids) + 1
-        latency_s = lambda: 0.0 if Path({go!r}).exists() else 0.3
+        latency_s = lambda: 0.0 if Path({go!r}).exists() else 0.6
         return ScriptedEngine(forced_logits(size, lambda prefix: 5), max_context=120, latency_s=latency_s)
 
     config = parse_config(ServiceConfig, {config!r})
@@ -195,7 +195,7 @@ SCRIPT = """
 
 
 class Process:
-    """A served model in a process of its own, 0.3 s a token until there is a file `go`, and its log."""
+    """A served model in a process of its own, 0.6 s a token until there is a file `go`, and its log."""
 
     def __init__(self, folder: Path, run: Path, server: dict[str, Any]) -> None:
         import textwrap
@@ -227,7 +227,7 @@ class Process:
     def ask(self, answers: list[Any], **body: Any) -> threading.Thread:
         def run() -> None:
             try:
-                answers.append(httpx.post(f"{self.url}/v1/chat/completions", json=CHAT | body, timeout=60.0))
+                answers.append(httpx.post(f"{self.url}/v1/chat/completions", json=CHAT | body, timeout=120.0))
             except httpx.HTTPError as error:
                 answers.append(error)
 
@@ -256,7 +256,7 @@ def process(maze_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Process
 def test_it_drains_at_sigterm_and_says_what_it_waits_for(process: Callable[..., Process]) -> None:
     server = process(drain_s=60.0)
     answers: list[Any] = []
-    asking = server.ask(answers, max_tokens=100)  # 30 s
+    asking = server.ask(answers, max_tokens=100)  # 60 s
     with httpx.Client(base_url=server.url) as kept:
         assert kept.get("/health/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
@@ -278,7 +278,7 @@ def test_it_drains_at_sigterm_and_says_what_it_waits_for(process: Callable[..., 
 def test_a_drain_has_a_limit(process: Callable[..., Process], how: str) -> None:
     server = process(drain_s=0.5 if how == "limit" else 60.0)
     answers: list[Any] = []
-    asking = server.ask(answers, max_tokens=100)  # 30 s
+    asking = server.ask(answers, max_tokens=100)  # 60 s
     server.process.send_signal(signal.SIGTERM)
     if how == "second signal":
         until(lambda: any(line["message"].startswith("draining: ") for line in server.log()))

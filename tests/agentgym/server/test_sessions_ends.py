@@ -104,7 +104,7 @@ def test_a_session_that_nobody_finishes_expires_typed_and_counted(service):
 
 
 def test_a_session_whose_agent_asks_nothing_expires_before_its_time(service):
-    pace = Pace(0.5)
+    pace = Pace(1.0)
     it = service(sessions={"idle_s": 1000.0}, engine=says("up " * 90, pace))
     session, silent = it.open(), it.open()
     sessions = it.server.service.sessions
