@@ -196,7 +196,7 @@ async def published_among_requests(house: House, mode: PublishMode) -> tuple[int
             assert mode == "keep" or not stale.any()
             split += len(set(completion.policy_versions)) == 2
             assert (house.off(before, prompt, completion)[versions == before] < TOLERANCE).all()
-            if stale.any():  # the new version on the old one's keys: the forward of neither
+            if stale.sum() >= 8:  # the new version on the old one's keys: the forward of neither, but for one by chance
                 assert house.off(before, prompt, completion)[stale].max() > 0.01
                 mixed += int((house.off(update.version, prompt, completion)[stale] > 0.001).sum())
     return split, mixed
@@ -343,10 +343,11 @@ def test_kill_9_of_one_of_two_replicas_loses_and_repeats_nothing(house: House) -
             assert len(stream) == 200
             assert completion.kv_versions == completion.policy_versions
             house.assert_exact(prompt, completion)
-        while (status := engine.replicas()[1]).state == "serving":  # nothing was on it, and it is looked at in a moment
-            await asyncio.sleep(0.01)
-        assert status.state in ("lost", "starting")
-        assert "SIGKILL" in status.error or "went away" in status.error or "half-way" in status.error
+        while (status := engine.replicas()[1]).state == "serving" and not status.restarts:
+            await asyncio.sleep(0.01)  # nothing was on it, and it is looked at in a moment
+        if not status.restarts:  # it is not back already
+            assert status.state in ("lost", "starting")
+            assert "SIGKILL" in status.error or "went away" in status.error or "half-way" in status.error
         await house.policy.publish(house.update())
         assert engine.replicas()[0].policy_version == engine.policy_version
         await house.all_serve()
@@ -380,7 +381,7 @@ def test_the_probe_is_compared_on_every_replica_and_a_right_one_stays(house: Hou
 
 def test_a_replica_with_other_weights_is_taken_out_and_all_wrong_is_an_error(house: House) -> None:
     """One is given other weights behind the engine's back, under the right label; then the other belongs to someone
-    else for a while. Both are started again at the end, which nobody waits for."""
+    else for a while, and is started again at the end, which nobody waits for."""
 
     async def main() -> None:
         engine = house.engine
@@ -402,6 +403,7 @@ def test_a_replica_with_other_weights_is_taken_out_and_all_wrong_is_an_error(hou
         assert largest > 0.01  # that of the one that is taken out now
         assert [status.state == "serving" for status in engine.replicas()] == [True, False]
         assert "its logprobs after version" in engine.replicas()[1].error
+        await second.close()  # else it would serve again before this has come to its end, if that takes long
         for index in range(4):  # even those whose session it had
             house.assert_exact([1], await house.policy.complete([1], SamplingParams(8, seed=index, session="on 1")))
 

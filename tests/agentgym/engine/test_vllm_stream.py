@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from agentgym.engine import vllm_stream
 from agentgym.engine.vllm_stream import StreamClient
 
 STREAMED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 Speak = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def _unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a connection is kept must not depend on how long this process stood still."""
+    monkeypatch.setattr(vllm_stream, "_KEPT_S", 600.0)
+    monkeypatch.setattr(vllm_stream, "_REST_S", 600.0)
 
 
 def chunk(text: bytes) -> bytes:

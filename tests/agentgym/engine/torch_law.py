@@ -56,6 +56,7 @@ class Pace:
 
     async def sampled(self, tokens: int) -> None:
         """Lets so many more be sampled (and up to a step's more), and waits for them."""
+        await asyncio.sleep(0)  # tasks that were made before have asked: none is left with the first one's tokens alone
         self._most = self._batch.sampled_tokens + tokens
         while self._batch.sampled_tokens < self._most:
             await asyncio.sleep(0.001)

@@ -30,7 +30,8 @@ TEMPLATE = (
 TOOL = ToolSpec("run", "Runs a command.", {"type": "object", "properties": {"command": {"type": "string"}}})
 OTHER = ToolSpec("look", "Looks.", {"type": "object", "properties": {}})
 WORDS = ("tick", "tock", "the then", 'say "so"', "漢 字", "{}", "")
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+calm = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+quick = settings(max_examples=60, deadline=None, suppress_health_check=calm)
 
 
 @pytest.fixture(scope="module")
