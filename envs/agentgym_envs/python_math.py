@@ -27,6 +27,7 @@ from agentgym.tools import tool
 
 Level = Literal["easy", "standard"]
 CALL_S = 10.0  # of one run of the policy's code
+READY_S = 60.0  # until an interpreter answers for the first time, on a machine that may stand still
 SPEC = SandboxSpec(output_limit=4096)
 BOX_LOST = (
     "[the sandbox ended, perhaps for its memory or its processes; a new one took its place, all variables are lost]"
@@ -136,7 +137,7 @@ class PythonMath(ToolEnv):
             raise SandboxDiedError("the episode ended while its sandbox was opened")
         try:
             interpreter = PythonInterpreter(self._box)
-            if not (first := interpreter.run("", timeout_s=CALL_S)).ok:
+            if not (first := interpreter.run("", timeout_s=READY_S)).ok:
                 raise SandboxError(f"the interpreter in sandbox {self._box.name} does not work: {first.text}")
         except SandboxError:
             self._close_box()

@@ -56,6 +56,7 @@ from agentgym.sandbox.spec import VERIFIER_UID, WORK_DIRECTORY, Sandbox, Sandbox
 
 TESTS = "/tests"
 LOGS = "/logs"
+OWN_S = 60.0  # for a command of ours that has an end, on a machine that may stand still
 REWARD_TEXT, REWARD_JSON = f"{LOGS}/verifier/reward.txt", f"{LOGS}/verifier/reward.json"
 COMMANDS = {"apart": ("python3", "judge.py"), "together": ("bash", f"{TESTS}/test.sh")}
 # Picked up without being named: by pytest, by Python's start, by build tools. Everything with a leading dot besides
@@ -171,7 +172,7 @@ class _Grading:
         with self._open_box(judge_spec(plan, self._agent_box.spec)) as box:
             put_artifacts(box, kept)
             self._put_tests(box)  # after the artifacts, so that none of them lies in its place
-            box.exec(["mkdir", "-p", posixpath.dirname(REWARD_TEXT)])
+            box.exec(["mkdir", "-p", posixpath.dirname(REWARD_TEXT)], timeout_s=OWN_S)
             try:
                 result = box.exec(plan.command or COMMANDS["together"], timeout_s=plan.judge_s, cwd=TESTS)
             except SandboxTimeoutError as error:

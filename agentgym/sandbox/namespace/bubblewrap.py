@@ -29,7 +29,7 @@ from agentgym.sandbox.worker_client import START_S
 
 MEND = "install it (apt-get install bubblewrap) or use sandbox.tier=docker"
 SHELL_NAME = "agentgym-start"
-ENDING_S = 10.0
+ENDING_S = 30.0  # how long it may take to end, and to say why
 ASKED_S = 60.0  # for what a program says of itself at once, on a machine that may stand still
 STARTERS = ("bwrap: ", "setpriv: ", f"{SHELL_NAME}: ")  # who may complain before the worker runs
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"

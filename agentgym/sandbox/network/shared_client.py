@@ -93,10 +93,11 @@ class SharedWorkerClient(WorkerClient):
         if self._reader is None:
             return super()._frame(max_body, until)
         while True:
+            is_over = self._over.is_set()  # asked first: what was read before the end is there then
             try:
-                fields, body = self._replies.get(timeout=0.05 if self._over.is_set() else self._left(until))
+                fields, body = self._replies.get(timeout=0.05 if is_over else self._left(until))
             except queue.Empty:
-                if self._over.is_set():
+                if is_over:
                     raise self._died(self._dead or "its worker ended") from None
                 if time.monotonic() >= until:
                     raise TimeoutError("the deadline has passed") from None

@@ -34,6 +34,7 @@ from agentgym.sandbox.ownership.leftovers import (
 Holder = Literal["alive", "dead", "unknown"]
 TASK_IMAGE = "agentgym.image=task"  # what images.py labels an image with that it built from a task's folder
 HALF_MADE_S = 60.0
+OWNER = re.compile(r"\d+-[0-9a-f]{8}")
 OWNER_OF_BOX = re.compile(r"agentgym-(\d+-[0-9a-f]{8})[0-9a-f]{6}(?![0-9a-f])")
 
 
@@ -106,9 +107,9 @@ class _Survey:
     """Who lives, and which daemons there are."""
 
     def __init__(self) -> None:
-        runtime = runtime_folder()
-        self.host = host_identity(runtime)
-        self.leases = leases(runtime)
+        self.runtime = runtime_folder()
+        self.host = host_identity(self.runtime)
+        self.leases = leases(self.runtime)
         self.alive = {lease.owner_id for lease in self.leases if lease.alive or not lease.readable}
         self.problems: list[str] = []
 
@@ -130,7 +131,16 @@ class _Survey:
     def holder(self, labels: dict[str, str]) -> Holder:
         if labels.get("agentgym.host") != self.host:
             return "unknown"
-        return "alive" if labels.get("agentgym.owner") in self.alive else "dead"
+        return "alive" if self.lives(labels.get("agentgym.owner", "")) else "dead"
+
+    def lives(self, owner_id: str) -> bool:
+        """Also of one that came after the leases were read, and before the daemon was asked."""
+        if owner_id in self.alive:
+            return True
+        if not OWNER.fullmatch(owner_id):
+            return False
+        lease = Lease.read(self.runtime / owner_id)
+        return lease.folder.is_dir() and (lease.alive or not lease.readable)
 
 
 def _row_of_record(name: str, box: dict[str, Any], lease: Lease) -> BoxRow:
@@ -198,7 +208,7 @@ def _remove_empty_cgroups(surveyed: _Survey, removed: Removed) -> None:
             is_old = time.time() - folder.stat().st_mtime > HALF_MADE_S
         except FileNotFoundError:
             continue
-        if is_old and folder.parent.is_relative_to(CGROUPS) and match and match[1] not in surveyed.alive:
+        if is_old and folder.parent.is_relative_to(CGROUPS) and match and not surveyed.lives(match[1]):
             remove_cgroups(folder.name, removed, with_processes=False)
 
 

@@ -190,14 +190,14 @@ class SandboxPool:
             return  # a forked child: the boxes are its parent's
         with self._changed:
             self._closed = True
-            in_use = list(self._in_use)
+            in_use, threads = list(self._in_use), list(self._threads.values())
             for shelf in self._shelves.values():
                 self._used.extend(shelf.warm)
                 shelf.warm.clear()
             self._changed.notify_all()
         for box in in_use:
             box.close()
-        for thread in self._threads.values():
+        for thread in threads:
             thread.join()
         while self._end_one():  # what a starter brought when the others had gone
             pass

@@ -100,10 +100,10 @@ class PooledBox:
         self.close()
 
     def close(self) -> None:
-        with self._closing:
+        with self._closing:  # until it was given back: who closes it a second time may rely upon that
             was_open, self._closed = not self._closed, True
-        if was_open:
-            self._give_back(self, self._box)
+            if was_open:
+                self._give_back(self, self._box)
 
     def _open_box(self) -> Sandbox:
         if self._closed:

@@ -6,7 +6,6 @@ import contextlib
 import http.server
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dead_owners import kill_with_reaper
 
 from agentgym.errors import SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec
@@ -113,11 +113,7 @@ def test_what_was_removed_is_named(tier: str, living: Callable[..., Any], runtim
     until = time.monotonic() + 60
     while len(found := reapers(runtime / owner_id)) != 1 or not is_locked(runtime / owner_id / "reaper"):
         assert time.monotonic() < until, found  # what launched it goes first
-    os.kill(found[0], signal.SIGKILL)
-    while is_locked(runtime / owner_id / "reaper"):
-        assert time.monotonic() < until
-    process.kill()
-    process.wait()
+    kill_with_reaper(process, found[0], runtime / owner_id)
     removed = json.loads(command("gc", "--json").stdout)
     assert removed["leases"] == [owner_id]
     assert not any(row.owner_id == owner_id for row in list_boxes()[0])
@@ -160,6 +156,19 @@ def test_a_container_of_this_host_whose_owner_has_no_lease_is_removed(labelled: 
     dead = labelled(box="gc-dead", host=host_identity(runtime), owner="1-00000000")
     assert ours(collect_garbage()) == ["gc-dead"]
     assert not there(dead)
+
+
+def test_an_owner_that_came_after_the_leases_were_read_is_alive(runtime: Path, monkeypatch: pytest.MonkeyPatch):
+    """As one that starts its first box while the daemon is asked."""
+    surveyed = gc._Survey()
+    monkeypatch.setattr(lease, "_owner", None)
+    mine = lease.owner()
+    try:
+        assert surveyed.holder(mine.image_labels()) == "alive"
+        assert surveyed.holder(mine.image_labels() | {"agentgym.owner": "1-00000000"}) == "dead"
+    finally:
+        mine.let_go()
+    assert surveyed.holder(mine.image_labels()) == "dead"
 
 
 @pytest.mark.docker
@@ -236,7 +245,7 @@ def test_empty_cgroups_of_nobody_go_and_those_in_use_stay(monkeypatch: pytest.Mo
         pytest.skip("no cgroup can be made here")
     owner_id = f"1-{uuid.uuid4().hex[:8]}"
     empty, busy = (root / f"agentgym-{owner_id}{end:06x}" for end in (1, 2))
-    sleeper = subprocess.Popen(["sleep", "60"])
+    sleeper = subprocess.Popen(["sleep", "600"])
     try:
         for folder in (empty, busy):
             folder.mkdir()

@@ -14,7 +14,8 @@ import pytest
 
 from agentgym.errors import ImageError, InputError, SandboxError, UnavailableError
 from agentgym.sandbox import SandboxSpec, open_sandbox
-from agentgym.sandbox.docker.host import connect
+from agentgym.sandbox.docker import images
+from agentgym.sandbox.docker.host import OWN_SOCKET, connect
 from agentgym.sandbox.docker.image_context import bases_of, read_context
 from agentgym.sandbox.docker.images import build_image, has_image, remove_image, task_images
 from agentgym.sandbox.ownership.lease import owner
@@ -134,18 +135,21 @@ CALLER = (
 
 @pytest.mark.docker
 def test_callers_at_once_build_once(tmp_path: Path, built: list[str]) -> None:
-    folder = a_folder(tmp_path / "once", FROM + f"RUN sleep 1; echo {time.time_ns()} > /made\n", data="1")
-    callers = [
-        subprocess.Popen([sys.executable, "-c", CALLER, str(folder)], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    said = [caller.communicate(timeout=300)[0].splitlines() for caller in callers]
+    folder = a_folder(tmp_path / "once", FROM + f"RUN echo {time.time_ns()} > /made\n", data="1")
+    base = connect().quick.inspect_image("agentgym/base:bookworm")["Id"]
+    tag = f"{images.REPOSITORY}:{read_context(folder).digest({'agentgym/base:bookworm': base})}"
+    with images._lock_of(f"{connect().host.url or OWN_SOCKET} {tag}", tag, print):  # a fifth, until all four are there
+        command = [sys.executable, "-u", "-c", CALLER, str(folder)]
+        callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+        first = [caller.stdout.readline() for caller in callers if caller.stdout]
+    assert first == [f"waiting for another process that builds {tag}\n"] * 4
+    said = [caller.stdout.read().splitlines() for caller in callers if caller.stdout]
+    assert [caller.wait() for caller in callers] == [0] * 4
     tags = {lines[-1] for lines in said}
     built += tags
-    assert len(tags) == 1
+    assert tags == {tag}
     assert sum(any(line.startswith("building ") for line in lines) for lines in said) == 1, said
     assert sum(any("exists already" in line for line in lines) for lines in said) == 3, said
-    assert any("waiting for another process" in line for lines in said for line in lines)
 
 
 @pytest.mark.docker

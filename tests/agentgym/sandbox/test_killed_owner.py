@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from dead_owners import kill_with_reaper
 
 from agentgym.sandbox.ownership.daemon_http import DaemonHttp
 from agentgym.sandbox.ownership.lease import default_daemon, runtime_folder
@@ -122,7 +123,7 @@ def running(mark: str) -> list[int]:
     return found
 
 
-def gone(what: Callable[[], object], seconds: float = 90.0) -> None:
+def gone(what: Callable[[], object], seconds: float = 150.0) -> None:
     until = time.monotonic() + seconds
     while left := what():
         assert time.monotonic() < until, left
@@ -161,8 +162,7 @@ def test_sixteen_boxes_live_and_four_being_made(tier: str, start: Callable[..., 
 
 def test_the_reaper_was_killed_too_and_gc_is_run(tier: str, start: Callable[..., OwnerProcess]):
     owner = start(tier)
-    os.kill(owner.reaper(), signal.SIGKILL)
-    owner.kill()
+    kill_with_reaper(owner.process, owner.reaper(), owner.folder)
     gone(lambda: owner.left().get("processes"))  # those end with their input
     assert "lease" in owner.left()
     gc()
@@ -171,9 +171,8 @@ def test_the_reaper_was_killed_too_and_gc_is_run(tier: str, start: Callable[...,
 
 def test_the_reaper_was_killed_too_and_the_next_owner_starts(tier: str, start: Callable[..., OwnerProcess]):
     owner = start(tier)
-    os.kill(owner.reaper(), signal.SIGKILL)
-    owner.kill()
-    program = "from agentgym.sandbox.ownership.lease import owner; owner(); import time; time.sleep(60)"
+    kill_with_reaper(owner.process, owner.reaper(), owner.folder)
+    program = "from agentgym.sandbox.ownership.lease import owner; owner(); import time; time.sleep(600)"
     following = subprocess.Popen([sys.executable, "-c", program])
     try:
         gone(owner.left)
@@ -195,8 +194,8 @@ def test_a_process_group_is_killed_and_a_session_hung_up(start: Callable[..., Ow
 
 
 def test_a_stopped_owner_loses_its_boxes_when_their_lease_is_over(tier: str, start: Callable[..., OwnerProcess]):
-    owner = start(tier, live=3, starting=0, lease_s=8.0)
-    time.sleep(9.0)
+    owner = start(tier, live=3, starting=0, lease_s=12.0)
+    time.sleep(13.0)
     assert len(owner.left()["processes"]) >= 3, "while it lives, its leases are renewed"
     owner.process.send_signal(signal.SIGSTOP)
     gone(lambda: owner.left().get("processes"))

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -145,15 +146,19 @@ def test_an_owner_is_dead_although_a_child_holds_its_lock(runtime: Path):
     """A child that a C library forked runs no hook of Python."""
     program = (
         "import os, sys; from agentgym.sandbox.ownership import lease; mine = lease.owner()\n"
-        "os.set_inheritable(mine._descriptor, True); print(mine.owner_id, flush=True)\n"
-        "import subprocess; subprocess.Popen(['sleep', '30'], close_fds=False); os._exit(0)"
+        "os.set_inheritable(mine._descriptor, True)\n"
+        "import subprocess; child = subprocess.Popen(['sleep', '600'], close_fds=False)\n"
+        "print(mine.owner_id, child.pid, flush=True); os._exit(0)"
     )
     done = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert done.stdout is not None
-    folder = runtime / done.stdout.readline().strip()
-    gone(folder.exists)  # the reaper goes by the process
-    done.stdout.close()
-    done.wait()
+    owner_id, child = done.stdout.readline().split()
+    try:
+        gone((runtime / owner_id).exists)  # the reaper goes by the process
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+        done.stdout.close()
+        done.wait()
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_owner(mine: Owner):

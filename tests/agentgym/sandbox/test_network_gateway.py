@@ -107,11 +107,12 @@ def test_what_is_refused_is_told_and_written_down(boxes, request_: bytes, status
 
 
 def test_a_server_that_is_not_there(boxes) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    box = boxes(f"127.0.0.1:{port}")
-    assert box.answer(get(f"http://127.0.0.1:{port}/")).startswith(b"HTTP/1.1 502 Bad Gateway")
-    assert box.connections(1).recent[0].decision == "failed"
+    with socket.socket() as taken:  # by us, so that nobody else listens there meanwhile
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        box = boxes(f"127.0.0.1:{port}")
+        assert box.answer(get(f"http://127.0.0.1:{port}/")).startswith(b"HTTP/1.1 502 Bad Gateway")
+        assert box.connections(1).recent[0].decision == "failed"
 
 
 def test_a_resolver_that_hangs_is_not_waited_for(boxes) -> None:

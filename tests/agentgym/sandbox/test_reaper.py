@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dead_owners import kill_with_reaper
 
-from agentgym.sandbox.ownership import lease, reaper
+from agentgym.sandbox.ownership import lease, leftovers, reaper
 from agentgym.sandbox.ownership.lease import REAPER, host_identity, runtime_folder
 from agentgym.sandbox.ownership.leftovers import Lease, collect_orphan, collect_owner
 from agentgym.sandbox.ownership.reaper import is_locked, start_time
@@ -55,7 +56,7 @@ class OwnerProcess:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.folder = Path(self.process.stdout.readline().strip())
-        gone(lambda: len(self.reapers()) != 1)
+        gone(lambda: len(self.reapers()) != 1 or not is_locked(self.folder / "reaper"))
 
     def reapers(self) -> list[int]:
         found = []
@@ -111,7 +112,7 @@ def test_there_is_one_however_many_are_started():
         pid = owner.process.pid
         for _ in range(3):
             command = [sys.executable, "-I", "-S", str(REAPER), str(owner.folder), str(pid), start_time(pid)]
-            subprocess.run(command, check=True, timeout=10)
+            subprocess.run(command, check=True, timeout=120)
         gone(lambda: owner.reapers() != [first])
 
 
@@ -151,11 +152,16 @@ def test_a_kernel_without_pidfd(monkeypatch: pytest.MonkeyPatch, runtime: Path):
         fcntl.flock(held, fcntl.LOCK_EX)
         process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
         assert process.stdin is not None
-        ending = threading.Timer(0.3, process.stdin.close)
-        ending.start()
+        is_ending = threading.Event()
+
+        def end() -> None:
+            is_ending.set()
+            process.communicate()
+
+        threading.Timer(0.3, end).start()
         began = time.monotonic()
         reaper.watch(str(folder), process.pid, start_time(process.pid))
-        assert ending.finished.is_set(), "it lives"
+        assert is_ending.is_set(), "it lives"
         assert time.monotonic() - began < reaper.LOOK_S, "it polls"
         process.wait()
 
@@ -176,7 +182,7 @@ def test_a_lease_without_boxes_goes_at_once_even_if_its_daemon_is_gone():
 
 def test_a_lease_with_boxes_waits_for_its_daemon_a_day(runtime: Path):
     with OwnerProcess("tcp://127.0.0.1:1") as owner:
-        os.kill(owner.reapers()[0], 9)
+        kill_with_reaper(owner.process, owner.reapers()[0], owner.folder)
     removed = collect_owner(owner.folder, settle_s=0.1)
     assert "tcp://127.0.0.1:1" in removed.problems[0]
     assert "may still hold 1 sandboxes" in removed.problems[0]
@@ -192,7 +198,7 @@ def test_a_lease_with_boxes_waits_for_its_daemon_a_day(runtime: Path):
 
 def test_a_lease_waits_for_a_socket_that_is_gone_as_long_as_its_boxes_can_live():
     with OwnerProcess("unix:///nowhere/docker.sock") as owner:
-        os.kill(owner.reapers()[0], 9)
+        kill_with_reaper(owner.process, owner.reapers()[0], owner.folder)
     assert "/nowhere" in collect_owner(owner.folder, settle_s=0.1).problems[0]
     os.utime(owner.folder / "lease", (0, time.time() - 100))  # a minute is the lease of its boxes
     assert collect_owner(owner.folder).leases == [owner.folder.name]
@@ -201,10 +207,12 @@ def test_a_lease_waits_for_a_socket_that_is_gone_as_long_as_its_boxes_can_live()
 def test_a_daemon_that_comes_back_is_asked_again(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     place = tmp_path / "docker.sock"
     with OwnerProcess(f"unix://{place}") as owner:
-        os.kill(owner.reapers()[0], 9)
+        kill_with_reaper(owner.process, owner.reapers()[0], owner.folder)
     monkeypatch.setattr(reaper, "RETRY_S", 0.05)
-    os.utime(owner.folder / "lease", (0, time.time() - 62))  # nothing can be in the making any more
-    thread = threading.Thread(target=reaper.take_away, args=(str(owner.folder),))
+    monkeypatch.setattr(reaper, "TRIES", 10_000)
+    monkeypatch.setattr(leftovers, "FRESH_S", 0.0)  # nothing can be in the making any more
+    monkeypatch.setattr(leftovers, "SETTLE_S", 600.0)  # and yet the socket may come back
+    thread = threading.Thread(target=reaper.take_away, args=(str(owner.folder),), daemon=True)
     thread.start()
     gone(lambda: not (owner.folder / "tried").exists())
     assert thread.is_alive()
