@@ -77,6 +77,11 @@ class Processes:
             killed |= born
             time.sleep(0.001 * (1 + births))
         signalled(-1, _signal.SIGKILL)  # something forks faster than it can be found
+        until = time.monotonic() + DYING_S
+        while alive() and time.monotonic() < until:  # those that still die hold the places of those that come next
+            self.line.reap()
+            time.sleep(0.002)
+        self.line.reap()
 
     # -------------------------------------------------------------------------------------------------- one command
 

@@ -110,23 +110,23 @@ time.sleep(60)
         started = time.monotonic()
         raises(SandboxTimeoutError, lambda: python(box, daemon, timeout_s=1.0))
         assert time.monotonic() - started > 0.9
-        after = sorted(box.exec("cat /proc/[0-9]*/comm").stdout.split())
-        assert after == before, (before, after)
+        comms = "cat /proc/[0-9]*/comm"  # what was killed does nothing more, but may take a while to be gone
+        eventually(lambda: sorted(box.exec(comms).stdout.split()) == before, f"more is left than {before}")
         raises(SandboxTimeoutError, lambda: box.exec("trap '' TERM INT HUP; while :; do :; done", timeout_s=0.3))
         raises(SandboxTimeoutError, lambda: box.exec("kill -STOP $$", timeout_s=0.3))
 
 
 def does_not_wait_for_background_processes(open_box: Opener) -> None:
     with open_box(SandboxSpec()) as box:
-        result = box.exec("(while :; do echo flood; done) & echo first", timeout_s=120)
+        result = box.exec("echo first; (while :; do echo flood; done) &", timeout_s=120)
         assert (result.exit_code, result.seconds < 90) == (0, True)
-        assert b"first" in result.stdout
+        assert result.stdout.startswith(b"first\n")
         assert box.exec("sleep 600 & echo done", timeout_s=120).stdout == b"done\n"
 
 
 def reaps_orphans(open_box: Opener) -> None:
     orphans = "import os\nfor _ in range(30):\n if os.fork() == 0:\n  if os.fork() == 0: os._exit(0)\n  os._exit(0)"
-    with open_box(SandboxSpec(pids=64)) as box:
+    with open_box(SandboxSpec(pids=100)) as box:
         for _ in range(4):
             python(box, orphans)
             eventually(lambda: int(box.exec("echo /proc/[0-9]* | wc -w").stdout) < 6, "the orphans live on")
