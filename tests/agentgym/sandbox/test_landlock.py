@@ -62,7 +62,7 @@ print(json.dumps(found))
 
 def restricted(base: Path, outsider: int, abstract: str) -> dict[str, str]:
     command = [sys.executable, "-c", RESTRICTED, str(base), str(outsider), abstract]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -79,7 +79,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_process_keeps_to_its_folders(base: Path) -> None:
-    outsider = subprocess.Popen(["sleep", "60"])
+    outsider = subprocess.Popen(["sleep", "600"])
     abstract = f"@agentgym-test-{os.getpid()}"
     try:
         with socket.socket(socket.AF_UNIX) as server:

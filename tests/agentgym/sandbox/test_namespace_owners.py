@@ -53,7 +53,8 @@ def place() -> Iterator[Path]:
     """A folder that nobody can read, with the package in it, and a runtime folder of nobody's own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copytree(Path(agentgym.__file__).parent, folder / "agentgym")
+        compiled = shutil.ignore_patterns("__pycache__")  # files come and go there, while others run
+        shutil.copytree(Path(agentgym.__file__).parent, folder / "agentgym", ignore=compiled)
         subprocess.run(["chmod", "-R", "a+rX", name], check=True)
         (folder / "runtime").mkdir(mode=0o700)
         os.chown(folder / "runtime", NOBODY, NOBODY)
@@ -69,7 +70,7 @@ def owner_says(place: Path, *within: str) -> dict:
         [*became, *within, PYTHON, "-c", OWNER, str(place)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env=environment,
         cwd="/",
         check=False,

@@ -63,11 +63,11 @@ def test_https_through_the_variables_of_the_environment(tier: str, certificate: 
     code = f"""
 import ssl, urllib.request
 context = ssl.create_default_context(cafile="/work/ca.pem")
-print(urllib.request.urlopen("https://127.0.0.1:{server.port}/secret", context=context, timeout=20).read().decode())
+print(urllib.request.urlopen("https://127.0.0.1:{server.port}/secret", context=context, timeout=60).read().decode())
 """
     with server.serving(), open_sandbox(tier, SandboxSpec(allow_network=(f"127.0.0.1:{server.port}",))) as box:
         box.put({"ca.pem": (certificate.parent / "certificate.pem").read_text()})
-        result = box.exec([*PLAINLY, code], timeout_s=30)
+        result = box.exec([*PLAINLY, code], timeout_s=60)
         assert result.text == "/secret\n", result.error_text
 
 
@@ -121,7 +121,7 @@ def test_it_goes_on_beside_calls_and_between_them(tier: str, slow: tuple[int, ty
         box.put({"tree/file": b"x" * 3_000_000})
         assert box.export(["/work/tree"]).to_tar().count(b"x" * 1000) >= 1
         server.go_on.set()
-        assert box.exec("while [ ! -s got ]; do sleep 0.05; done; cat got", timeout_s=30).text == "onetwo\n"
+        assert box.exec("while [ ! -s got ]; do sleep 0.05; done; cat got", timeout_s=60).text == "onetwo\n"
 
 
 @pytest.mark.bubblewrap
@@ -132,7 +132,7 @@ def test_a_deadline_ends_the_connection_and_not_the_box(slow: tuple[int, type[Sl
             box.exec([*PLAINLY, load(port)], timeout_s=0.5)
         assert box.exec("echo on").text == "on\n"
         server.go_on.set()
-        assert box.exec([*PLAINLY, load(port)], timeout_s=30).text == "onetwo\n"
+        assert box.exec([*PLAINLY, load(port)], timeout_s=60).text == "onetwo\n"
 
 
 @pytest.mark.bubblewrap
@@ -177,10 +177,10 @@ def test_servers_in_the_box_are_asked_directly() -> None:
 import http.server, threading, urllib.request
 server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-print(urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/", timeout=10).status)
+print(urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/", timeout=60).status)
 """
     with open_sandbox("namespace", SandboxSpec(allow_network=("127.0.0.1:9",))) as box:
-        assert box.exec(["python3", "-c", code]).text == "200\n"
+        assert box.exec(["python3", "-c", code], timeout_s=60).text == "200\n"
         assert box.network.connections == 0
 
 
@@ -190,7 +190,7 @@ def test_forks_and_pools_have_it_too() -> None:
         spec = SandboxSpec(allow_network=(f"127.0.0.1:{server.port}",))
         with pool.open(spec) as box, box.fork() as twin:
             for one in (box, twin):
-                assert one.exec([*PLAINLY, load(server.port)]).text == "/\n"
+                assert one.exec([*PLAINLY, load(server.port)], timeout_s=60).text == "/\n"
                 until = time.monotonic() + WAIT_S
                 while not one.network.connections and time.monotonic() < until:
                     time.sleep(0.01)
