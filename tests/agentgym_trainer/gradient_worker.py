@@ -1,6 +1,6 @@
 """One rank of the world-size law: computes a step's gradients as the learner does and saves them from rank 0.
 
-Run as `accelerate launch --cpu --num_processes N gradient_worker.py OUT.pt MICRO_BATCH_TOKENS`.
+Run as `torchrun --standalone --nproc_per_node N gradient_worker.py OUT.pt MICRO_BATCH_TOKENS`.
 """
 
 import os
@@ -98,9 +98,10 @@ def gradients(case: str, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
     proximal = learner.anchor.proximal(batches, trainer_version=VERSION, reuse_policy=True)
     metrics = learner.accumulate(rows, batches, proximal, VERSION)
     figures = learner.over_ranks(metrics).finalise()
-    found = {f"{case}/{name}": p.grad.clone() for name, p in learner.module.named_parameters()}
+    found = {f"{case}/{name}": p.grad.clone() for name, p in learner.module.named_parameters()}  # pyright: ignore[reportOptionalMemberAccess]
     names = ("num_tokens", "loss", "active_fraction", "reference_k3")
     found[f"{case}/figures"] = torch.tensor([figures[f"policy/{name}"] for name in names] + [figures["total/k3"]])
+    found["num_ranks"] = torch.tensor(accelerator.num_processes)
     return found
 
 

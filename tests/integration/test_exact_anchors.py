@@ -63,13 +63,14 @@ def test_every_old_logprob_is_that_of_its_own_version(tmp_path, anchor):
 @pytest.mark.slow
 def test_two_ranks_share_the_work_of_an_interruption(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "agentgym_trainer",
-         str(QUICKSTART), f"run.dir={tmp_path}", *FEW, "trainer.anchor=interrupt"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "agentgym_trainer", str(QUICKSTART), f"run.dir={tmp_path}", *FEW, "trainer.anchor=interrupt"],
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()]
+    folder = tmp_path / "quickstart"
+    assert (folder / "checkpoints" / "step-000005" / "random_states_1.pkl").exists()  # there was a second rank
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(row["trajectory/lag_max"] for row in rows) >= 1
     assert all(row["discrepancy/max_abs_log_ratio"] < 1e-5 for row in rows)
     assert all(row["anchor/num_exact"] == row["policy/num_tokens"] > 0 for row in rows)

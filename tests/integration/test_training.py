@@ -168,19 +168,9 @@ def test_ctrl_c_ends_with_one_message_and_leaves_no_process(tmp_path):
 
 
 def launched(*arguments: str) -> list[str]:
-    options = (
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    )
-    module = ("--main_process_port", "0", "-m", "agentgym_trainer")
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, *module, *arguments]
+    """Two processes. By torchrun: `accelerate launch --cpu` starts one, however many it is asked for."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return [sys.executable, *torchrun, "-m", "agentgym_trainer", *arguments]
 
 
 def test_two_processes_train_one_policy(tmp_path):
@@ -194,7 +184,9 @@ def test_two_processes_train_one_policy(tmp_path):
     assert [row["policy_version"] for row in rows] == [1, 2, 3]
     # every token of the batch was learned from once, whichever rank it went to
     assert all(row["policy/num_tokens"] == row["sampled_tokens"] for row in rows)
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step-000002", "step-000003"]
+    assert all((path / "random_states_1.pkl").exists() for path in checkpoints)  # there was a second rank
     assert processes_of(folder) == []
 
 

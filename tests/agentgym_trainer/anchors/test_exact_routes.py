@@ -117,8 +117,25 @@ class World:
         return self.do(page())
 
     def pause(self, limit_s: float) -> PauseReport:
-        pause = self.do(self.policy.pause(limit_s))
-        return PauseReport(pause.pause_id, self.policy.policy_version)
+        async def paused() -> PauseReport:
+            if self.policy.pause_under_way is None:
+                await self._amid_sampling()
+            pause = await self.policy.pause(limit_s)
+            return PauseReport(pause.pause_id, self.policy.policy_version)
+
+        return self.do(paused())
+
+    def go_on(self, limit_s: float) -> PauseReport:
+        """A pause that is none: sampling goes on in the middle of something."""
+        self.do(self._amid_sampling())
+        return PauseReport(0, 0)
+
+    async def _amid_sampling(self) -> None:
+        """Until completions are under way that have tokens, however slowly the trainer comes to ask."""
+        while not (self.engine._batch.sampled_tokens > 0 and len(list(self.policy.in_flight())) >= 3):
+            if len(self.ended) >= self.room:  # nobody plays any more
+                self.room = len(self.ended) + 4
+            await asyncio.sleep(0.001)
 
     @contextlib.contextmanager
     def another(self) -> Iterator[World]:
@@ -128,6 +145,7 @@ class World:
         """A batch, oldest first."""
 
         async def taken() -> list[Trajectory]:
+            self.room = max(self.room, size)
             while len(self.ended) < size:
                 await asyncio.sleep(0.005)
             batch, self.ended = self.ended[:size], self.ended[size:]
@@ -138,14 +156,6 @@ class World:
             ScoredSequences(t.trajectory_id, "g", "e", EpisodeStatus.TERMINATED, 0.0, True, {}, to_sequences(t), 0)
             for t in self.do(taken())
         ]
-
-    def sampling(self) -> bool:
-        """Whether the publication that comes falls into the middle of something."""
-
-        async def found() -> bool:
-            return self.engine._batch.sampled_tokens > 0 and len(list(self.policy.in_flight())) >= 3
-
-        return self.do(found())
 
     def live_versions(self) -> set[int]:
         """As the service answers a publication."""
@@ -243,10 +253,6 @@ class Trainer:
 
     def publish(self) -> PublishReport:
         self.world.room = len(self.world.ended) + 4
-        while not self.world.sampling():
-            if len(self.world.ended) >= self.world.room:  # who is slow to look finds that all have ended
-                self.world.room = len(self.world.ended) + 4
-            time.sleep(0.001)
         self.interruption.before_update(self.version)
         move(self.model, self.version)
         self.live = {*self.world.live_versions(), self.version}
@@ -332,7 +338,7 @@ def test_mutant_that_does_not_pause_leaves_tokens_without_old_logprobs(
     open_world: Callable[[int], World], make_model: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     world = open_world(9)
-    world.pause = lambda limit_s: PauseReport(0, 0)  # type: ignore[method-assign]
+    world.pause = world.go_on  # type: ignore[method-assign]
     trainer = Trainer(world, make_model(0), tmp_path)
 
     def train() -> None:
