@@ -23,4 +23,4 @@ def test_a_smoke_run_gives_every_figure() -> None:
     speed, plain, ratio = (figures[name] for name in ("tokens_per_s", "generate_tokens_per_s", "ratio"))
     assert isinstance(speed, float)
     assert isinstance(plain, float)
-    assert ratio == pytest.approx(speed / plain, rel=0.01)
+    assert ratio == pytest.approx(speed / plain, rel=0.05, abs=0.01)  # each is rounded, on however slow a machine

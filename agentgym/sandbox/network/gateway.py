@@ -311,6 +311,8 @@ class _Visit:
                 done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
+        except SandboxError:  # the box is gone: not the world's fault
+            raise
         except OSError as error:  # of the connection to the world
             raise NotReached("failed", 502, str(error)) from None
         finally:

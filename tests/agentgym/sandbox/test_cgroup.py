@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,18 +137,17 @@ def test_a_cgroup_that_stays_in_use_is_left_to_the_reaper(kernel, monkeypatch: p
     root = kernel(lambda path: VERSION_1.get(path.parent.name, ()))
     (root / "pids").mkdir()
     monkeypatch.setattr(cgroup, "_own_cgroups", dict)
-    monkeypatch.setattr(cgroup, "LEAVING_S", 0.01)
+    slept: list[float] = []
+    monkeypatch.setattr(cgroup, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
     made = cgroup.Cgroup.create("agentgym-1-b", SPEC)
     assert made is not None
-    tries: list[Path] = []
 
     def busy(path: Path) -> None:
-        tries.append(path)
         raise OSError(16, "Device or resource busy")
 
     monkeypatch.setattr(Path, "rmdir", busy)
     made.remove()
-    assert len(tries) > 1
+    assert cgroup.LEAVING_S <= sum(slept) < 2 * cgroup.LEAVING_S
 
 
 def test_no_cgroups_at_all(kernel) -> None:

@@ -187,6 +187,24 @@ def test_a_box_that_dies_takes_its_connections_along(world, boxes) -> None:
     assert box.gateway.report().connections == 1
 
 
+def test_a_box_that_dies_is_not_the_worlds_fault(world, boxes) -> None:
+    go_on = threading.Event()
+
+    def late(connection: socket.socket, _: World) -> None:
+        go_on.wait(WAIT_S)
+        connection.sendall(b"answer")
+        connection.recv(1)
+
+    server = world(late)
+    box = boxes(f"127.0.0.1:{server.port}")
+    box.request(f"CONNECT 127.0.0.1:{server.port} HTTP/1.1\r\n\r\n".encode())
+    assert b" 200 " in box.read(most=39)
+    box.is_dead = True
+    go_on.set()
+    (seen,) = box.connections(1).recent
+    assert (seen.decision, seen.why, seen.received_bytes) == ("allowed", "", 6)
+
+
 def test_closing_ends_connections_and_threads(world, boxes) -> None:
     server = world(echo)
     box = boxes(f"127.0.0.1:{server.port}")
