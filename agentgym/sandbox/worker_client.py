@@ -142,8 +142,10 @@ class WorkerClient:
         """Sends the worker and its settings; its greeting."""
         try:
             self._channel.send(program, time.monotonic() + START_S)
-        except OSError as error:
+        except TimeoutError as error:
             raise self._died(f"it did not take its worker ({error})") from error
+        except OSError as error:  # it has ended already, and may have said why
+            raise self._died(self._channel.epitaph() or f"it did not take its worker ({error})") from error
         key = secrets.token_bytes(32)
         greeting, _ = self.request("start", {**start, "key": key}, wait_s=START_S, new_key=key)
         self._is_booted = True  # before, a renewal could meet the worker between two keys

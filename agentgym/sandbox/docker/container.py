@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 REMOVED_S = 60.0  # a busy daemon may give a kill up, and the next try finds it done
 LET_END_S = 15.0
+TOLD_S = 10.0  # how long a daemon may take to know of an end that it has told already by closing the connection
+LAST_WORDS_S = 2.0  # for what a worker said before its connection broke
+KILLED = 128 + 9
 STREAM_FRAME = struct.Struct(">BxxxI")  # stream number, length: Docker's framing of an attached connection
 
 
@@ -120,17 +124,27 @@ class Container:
         """Whether the daemon says so."""
         return bool(self.daemon.quick.inspect_container(self.name)["State"].get("Running"))
 
-    def why_gone(self) -> str:
-        """What the daemon knows of a container that does not answer any more."""
-        try:
-            state = self.daemon.probe.inspect_container(self.name)["State"]
-        except docker.errors.NotFound:
-            return "it ended and was removed (out of memory, or the container was stopped)"
-        except FAILURES as error:
-            return f"the connection to the Docker daemon at {self.daemon.host.shown} was lost ({root_cause(error)})"
-        if state.get("Running"):
-            return f"the connection to it through the Docker daemon at {self.daemon.host.shown} was lost"
-        return f"it ended with code {state.get('ExitCode')}" + (", out of memory" if state.get("OOMKilled") else "")
+    def why_gone(self, told_s: float = 0.0) -> str:
+        """What the daemon knows of a container that does not answer any more. `told_s`: how long one that still runs
+        is looked at again, because its streams have ended and its own end may be on its way."""
+        until = time.monotonic() + told_s
+        while True:
+            try:
+                state = self.daemon.probe.inspect_container(self.name)["State"]
+            except docker.errors.NotFound:
+                return "it ended and was removed (out of memory, or the container was stopped)"
+            except FAILURES as error:
+                return f"the connection to the Docker daemon at {self.daemon.host.shown} was lost ({root_cause(error)})"
+            if not state.get("Running"):
+                break
+            if time.monotonic() >= until:
+                return f"the connection to it through the Docker daemon at {self.daemon.host.shown} was lost"
+            time.sleep(0.05)
+        code = state.get("ExitCode")
+        if state.get("OOMKilled"):
+            return f"it ended with code {code}, out of memory"
+        killed = " (killed: out of memory, or the container was stopped)" if code == KILLED else ""
+        return f"it ended with code {code}{killed}"
 
     def failed(self, error: BaseException) -> BaseException:
         """Removes what was made; the error to raise."""
@@ -173,18 +187,23 @@ class AttachedChannel:
     """The streams of pid 1 over Docker's attached connection: its stdout is taken out of the frames, its stderr kept
     for the epitaph."""
 
-    def __init__(self, connection: Any, why_gone: Callable[[], str]) -> None:
+    def __init__(self, connection: Any, why_gone: Callable[[float], str]) -> None:
         self._why_gone = why_gone
         self._connection = connection  # the client closes the connection when this is forgotten
         stream, early = hijacked(connection)
         self._socket = SocketChannel(stream, lambda: "")
         self._received = bytearray(early)
+        self._reading = threading.Lock()
         self._complaint = b""
 
     def send(self, data: bytes, until: float) -> None:
         self._socket.send(data, until)
 
     def receive(self, until: float) -> bytes:
+        with self._reading:
+            return self._receive(until)
+
+    def _receive(self, until: float) -> bytes:
         while True:
             if len(self._received) >= STREAM_FRAME.size:
                 stream, size = STREAM_FRAME.unpack_from(self._received)
@@ -195,6 +214,8 @@ class AttachedChannel:
                     if stream == 1 and payload:
                         return payload
                     self._complaint = (self._complaint + payload)[-4096:]
+                    if time.monotonic() >= until:  # complaints alone could go on for ever
+                        raise TimeoutError("the deadline has passed")
                     continue
             data = self._socket.receive(until)
             if not data:
@@ -210,5 +231,14 @@ class AttachedChannel:
             self._connection.close()
 
     def epitaph(self) -> str:
+        """A send that failed learns of the end before anybody has read what was said last, so that is read here."""
+        until = time.monotonic() + LAST_WORDS_S
+        if self._reading.acquire(timeout=LAST_WORDS_S):  # who holds it reads to the end by itself
+            try:
+                with contextlib.suppress(OSError):
+                    while self._receive(until) and time.monotonic() < until:
+                        pass
+            finally:
+                self._reading.release()
         said = self._complaint.decode(errors="replace").strip()
-        return f"its worker ended: {said}" if said else self._why_gone()
+        return f"its worker ended: {said}" if said else self._why_gone(TOLD_S)
