@@ -42,7 +42,7 @@ def _missing_docker() -> str | None:
     import docker.errors
 
     try:
-        client = docker.from_env(timeout=10)
+        client = docker.from_env(timeout=60)
         client.ping()
         client.close()
     except (docker.errors.DockerException, OSError) as error:
@@ -56,7 +56,7 @@ def _missing_bubblewrap() -> str | None:
     if program is None:
         return "bubblewrap is not installed (apt-get install bubblewrap)"
     probe = [program, "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "/bin/true"]
-    result = subprocess.run(probe, capture_output=True, text=True, timeout=30)
+    result = subprocess.run(probe, capture_output=True, text=True, timeout=60)
     return None if result.returncode == 0 else f"bubblewrap cannot make a namespace here: {result.stderr.strip()}"
 
 
