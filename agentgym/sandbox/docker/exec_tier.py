@@ -44,11 +44,13 @@ from agentgym.sandbox.docker.settings import enforced, owner_uid
 from agentgym.sandbox.inside.worker_streams import Capture
 from agentgym.sandbox.network.report import NetworkReport
 from agentgym.sandbox.spec import PING_S, WORK_DIRECTORY, Answer, ExecResult, SandboxSpec
-from agentgym.sandbox.worker_client import GRACE_S, NothingSentError
+from agentgym.sandbox.worker_client import NothingSentError
 
 KEEPER_UID = 10003  # of pid 1; neither a box's commands nor a verifier's
 CALL_S = 60.0  # for reading, writing and moving files
 FULL = ("No space left", "File too large", "quota exceeded")
+KILLING_S = 30.0  # for a shell that kills to be started and to have killed
+SENT = 90  # the code of a shell of ours that has sent its signal
 TOO_LARGE = 93
 LOST = 126  # what the daemon notes where a command's connection ended before its output did
 CODES = {
@@ -162,12 +164,14 @@ class DockerExecSandbox:
 
     def freeze(self) -> None:
         with self._lock:
-            self._signal("STOP")
+            if not self._signal("STOP"):
+                raise SandboxLimitError(f"sandbox {self.name} cannot be frozen: no process can be started in it")
             self._frozen = True
 
     def thaw(self) -> None:
         with self._lock:
-            self._signal("CONT")
+            if not self._signal("CONT"):
+                raise SandboxLimitError(f"sandbox {self.name} cannot be thawed: no process can be started in it")
             self._frozen = False
 
     def fork(self) -> DockerExecSandbox:
@@ -250,6 +254,7 @@ class DockerExecSandbox:
         out: Callable[[bytes], None],
         err: Callable[[bytes], None],
         is_whole: Callable[[], bool] | None = None,
+        then_kill: bool = True,
     ) -> tuple[int, float]:
         """Runs argv in the box until it has ended, with all that it wrote, or the deadline has come: (exit code,
         seconds). What the daemon takes to start it does not count."""
@@ -269,7 +274,8 @@ class DockerExecSandbox:
             return code, time.monotonic() - started
         except TimeoutError as error:
             command.shut()
-            self._kill_all()
+            if then_kill:
+                self._kill_all()
             raise SandboxTimeoutError(
                 f"sandbox {self.name}: {' '.join(shown)[:200]!r} passed its deadline of {timeout_s:g} s and was killed"
             ) from error
@@ -330,17 +336,26 @@ class DockerExecSandbox:
                 f"the image {self.spec.image}"
             )
 
-    def _signal(self, name: str) -> None:
-        """To everything in the box but pid 1, which has another uid, and the shell that sends it; atomic."""
-        self._run(["sh", "-c", f"kill -s {name} -- -1 2>/dev/null"], ["kill"], b"", GRACE_S, _ignore, _ignore)
+    def _signal(self, name: str, within_s: float = CALL_S) -> bool:
+        """To everything in the box but pid 1, which has another uid, and the shell that sends it; atomic. Whether it
+        was sent: where no process can be started, the daemon notes another code."""
+        script = f"kill -s {name} -- -1 2>/dev/null; exit {SENT}"
+        code, _ = self._run(["sh", "-c", script], ["kill"], b"", within_s, _ignore, _ignore, then_kill=False)
+        return code == SENT
 
     def _kill_all(self) -> None:
         """What was left by earlier calls goes, too: through `docker exec` nobody knows what belongs to which call."""
+        until = time.monotonic() + KILLING_S
+        why = "no process can be started in it"
         try:
-            self._signal("KILL")
-        except SandboxError as error:  # no process can be started any more: then the whole box goes
-            self._gone = self._gone or f"what ran in it could not be killed ({error})"
-            self._container.remove()
+            while time.monotonic() < until:
+                if self._signal("KILL", until - time.monotonic()):
+                    return
+                time.sleep(0.05)
+        except SandboxError as error:
+            why = str(error)
+        self._gone = self._gone or f"what ran in it could not be killed ({why})"  # then the whole box goes
+        self._container.remove()
 
     def _died(self, error: Exception) -> SandboxDiedError:
         why = self._gone

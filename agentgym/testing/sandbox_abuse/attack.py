@@ -161,7 +161,10 @@ class Scene:
         known = set(self._namespaces.values())
         try:
             for pid in _pids():
-                if marked in _read(pid, "environ") and (namespace := _link(pid, "ns/pid")) not in known:
+                if marked not in _read(pid, "environ"):
+                    continue
+                namespace = _link(pid, "ns/pid")
+                if namespace and namespace not in known:  # none: of an earlier box, and gone by now
                     with contextlib.suppress(OSError):
                         pin = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
                         self.pinned.callback(os.close, pin)
@@ -193,6 +196,16 @@ def stopped_at_the_deadline(what: str) -> Iterator[None]:
     except SandboxTimeoutError:
         return
     raise Escaped(f"{what} was not stopped at its deadline")
+
+
+def within(holds: Callable[[], object], seconds: float = GONE_S) -> bool:
+    """Whether it becomes so, on a machine that may stand still for seconds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def available_mb() -> int:

@@ -14,7 +14,7 @@ from agentgym.sandbox.grading.judge_dialogue import Budget
 from agentgym.sandbox.grading.verdict import Verdict
 from agentgym.sandbox.grading.verify import VerifierPlan, verify
 from agentgym.sandbox.spec import Sandbox
-from agentgym.testing.sandbox_abuse.attack import Attack, Escaped, Scene, attack, hostile, require
+from agentgym.testing.sandbox_abuse.attack import Attack, Escaped, Scene, attack, hostile, require, within
 
 HONEST = "import sys\nsys.stdout.writelines(reversed(sys.stdin.readlines()))\n"
 WRONG = "import sys\nsys.stdout.writelines(sys.stdin.readlines())\n"
@@ -50,6 +50,7 @@ for name, place in json.load(open("/tests/programs.json")).items():
 with open("/logs/verifier/reward.json", "w") as file: json.dump(scores, file)
 END
 """
+RUN_S = (1.5, 8.0)  # on a machine that stands still for a second, the honest solution may need the second
 BOTH = {"the honest solution": HONEST, "the wrong solution": WRONG}
 SCORES = dict.fromkeys(BOTH, 1.0)  # what a forger writes
 WRITER = f"""
@@ -99,7 +100,7 @@ def graded(
         artifacts=artifacts or ("/work/programs",),
         mode="together" if mode == "together" else "apart",
         components=dict.fromkeys(programs, (0.0, 1.0)),
-        judge_s=30.0,
+        judge_s=120.0,
         budget=Budget(run_s=run_s, total_s=40 * run_s),
     )
     verdict = verify(box, plan, scene.open)
@@ -116,15 +117,17 @@ def withstands(
 ) -> str:
     """One grading: all cheats and the wrong solution get 0, the honest solution gets 1."""
     programs = {**BOTH, **(cheats or {})}
-    for run_s in (1.5, 8.0):  # on a machine that stands still for a second, the honest solution may need the second
+    reason = ""
+    for run_s in RUN_S:
         verdict = graded(scene, box, programs, mode, artifacts, run_s)
         require(verdict.score.valid, f"{mode}: nobody knows the score: {verdict.reason}, {verdict.score.why}")
+        reason = verdict.reason
         paid = [name for name, value in verdict.score.components.items() if value > 0]
         require(set(paid) <= {"the honest solution"}, f"{mode}: the reward went to {paid} ({verdict.reason})")
         if paid:
             break
     else:
-        raise Escaped(f"{mode}: the honest solution got nothing ({verdict.reason})")
+        raise Escaped(f"{mode}: the honest solution got nothing ({reason})")
     count = f"{len(cheats)} cheats and " if cheats else ""
     return f"{mode}: {count}the wrong solution scored 0, the honest one 1"
 
@@ -143,7 +146,8 @@ def verdict_written_before(scene: Scene) -> str:
 def verdict_written_in_the_background(scene: Scene) -> str:
     box = scene.box()
     hostile(box, WRITER + DAEMON + "    while True: write_all(); time.sleep(0.001)")
-    require(b"python3" in box.exec("cat /proc/[0-9]*/comm").stdout, "the background writer does not run")
+    others = "cat /proc/[02-9]*/comm /proc/1[0-9]*/comm"  # all but the worker
+    require(within(lambda: b"python3" in box.exec(others).stdout), "the background writer does not run")
     everything = ("/work", "/tmp")
     return (
         f"{withstands(scene, box, None, 'apart', everything)}; {withstands(scene, box, None, 'together', everything)}"

@@ -71,6 +71,7 @@ class Listeners:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self.hear)
         self.heard: list[str] = []
         self.addresses: list[tuple[str, int]] = []
         self.paths: list[str] = []
@@ -97,9 +98,22 @@ class Listeners:
 
     def hear(self) -> None:
         while not self._stop.is_set():
-            for key, _ in self._selector.select(0.05):
-                self.heard.append(str(key.fileobj))
-                self._stop.set()
+            self._hear_for(0.05)
+
+    def _hear_for(self, seconds: float) -> None:
+        for key, _ in self._selector.select(seconds):
+            self.heard.append(str(key.fileobj))
+            self._stop.set()
+
+    def hear_out(self, patience_s: float) -> list[str]:
+        """What was heard, also by a thread that stood still meanwhile; nothing is heard after this. `patience_s`: for
+        what is known to be on its way."""
+        self._stop.wait(patience_s)
+        self._stop.set()
+        self._thread.join()
+        if not self.heard:
+            self._hear_for(0.0)
+        return self.heard
 
     def close(self) -> None:
         for key in list(self._selector.get_map().values()):
@@ -109,13 +123,12 @@ class Listeners:
     @contextlib.contextmanager
     def listening(self) -> Iterator[Listeners]:
         self.listen()
-        thread = threading.Thread(target=self.hear)
-        thread.start()
+        self._thread.start()
         try:
             yield self
         finally:
             self._stop.set()
-            thread.join()
+            self._thread.join()
             self.close()
 
 
@@ -139,7 +152,8 @@ def network_exfiltration(scene: Scene) -> str:
         values = {"targets": targets, "names": NAMES, "paths": host.paths, "secret": scene.nonce}
         with_proof = CALLS % values
         reached, interfaces = told(box, with_proof, timeout_s=90)
-        require(not host.heard, f"the host heard it on {host.heard}")
+        heard = host.hear_out(30.0 if reached else 0.0)
+        require(not heard, f"the host heard it on {heard}")
         require(len(host.addresses) >= 1, "nothing listened on the host, so nothing was shown")
     require(not reached, f"reached {reached}")
     require(set(interfaces) <= {"lo"} | TUNNELS, f"the box has the interfaces {interfaces}")
@@ -158,6 +172,7 @@ def other_boxes(scene: Scene) -> str:
 import ctypes, os, socket, struct
 libc = ctypes.CDLL(None)
 open("/tmp/secret", "w").write("{secret}"); open("/dev/shm/secret", "w").write("{secret}")
+open("/tmp/visited", "w").close()
 segment = libc.shmget(0x5EC12E7, 4096, 0o1666)
 libc.shmat.restype = ctypes.c_void_p
 ctypes.memmove(libc.shmat(segment, None, 0), b"{secret}", {len(secret)})
@@ -165,7 +180,6 @@ tcp = socket.create_server(("0.0.0.0", 7777)); abstract = socket.socket(socket.A
 abstract.bind("\\0agentgym-victim"); abstract.listen()
 os.read(3, 4); os.read(3, 100)
 os.write(4, struct.pack(">I", 5) + b"ready")
-open("/tmp/visited", "w").close()
 import select
 while True:
     ready, _, _ = select.select([tcp, abstract], [], [])
@@ -187,7 +201,7 @@ for pattern in ("/tmp/*", "/dev/shm/*", "/dev/mqueue/*", "/work/*", "/proc/*/cmd
         except OSError: pass
 """
     process = victim.start_process(["python3", "-I", "-c", serve])
-    require(victim.ask_process(process, b"go").data == b"ready", "the other box did not begin to serve")
+    require(victim.ask_process(process, b"go", timeout_s=60).data == b"ready", "the other box did not begin to serve")
     found = hostile(thief, steal, timeout_s=30)
     require(secret.encode() not in found.stdout + found.stderr, "it read the secret of another box")
     require(victim.read_file("/tmp/visited") == b"", "another box was called")

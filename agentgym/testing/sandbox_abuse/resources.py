@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import resource
 import threading
-import time
 
 from agentgym.errors import SandboxDiedError, SandboxError, SandboxLimitError, SandboxTimeoutError
 from agentgym.sandbox.spec import Sandbox
 from agentgym.testing.sandbox_abuse.attack import (
-    GONE_S,
     Attack,
     Escaped,
     Scene,
@@ -20,6 +18,7 @@ from agentgym.testing.sandbox_abuse.attack import (
     require,
     stopped_at_the_deadline,
     told,
+    within,
 )
 
 FORK = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
@@ -181,9 +180,9 @@ def _outlives(scene: Scene, doing: str) -> str:
     quiet = told(box, PROCESSES)
     with stopped_at_the_deadline("a command with daemons"):
         hostile(box, DAEMONS % (doing, doing), timeout_s=1.0)
-    left = set(scene.processes(box)) - before
-    require(not left, f"{len(left)} processes outlived the deadline")
-    require(told(box, PROCESSES) == quiet, "the box has more processes than before")
+    # what was killed does nothing more, but may take a while to be gone
+    require(within(lambda: set(scene.processes(box)) <= before), "processes outlived the deadline")
+    require(within(lambda: told(box, PROCESSES) <= quiet), "the box has more processes than before")
     return f"killed at the deadline with its 4 double-forked, signal-deaf daemons; {scene.check_usable(box)}"
 
 
@@ -204,10 +203,13 @@ def zombie_flood(scene: Scene) -> str:
     for _ in range(10):
         with contextlib.suppress(SandboxLimitError):
             hostile(box, code)
-    until = time.monotonic() + GONE_S
-    while b") Z " in box.exec("cat /proc/[0-9]*/stat").stdout or told(box, PROCESSES) >= 8:
-        require(time.monotonic() < until, "zombies or processes are left")
-        time.sleep(0.1)
+
+    def reaped() -> bool:
+        with contextlib.suppress(SandboxLimitError):  # so many of them live that no other can begin
+            return b") Z " not in box.exec("cat /proc/[0-9]*/stat").stdout and told(box, PROCESSES) < 8
+        return False
+
+    require(within(reaped), "zombies or processes are left")
     return f"all were reaped; {scene.check_usable(box)}"
 
 

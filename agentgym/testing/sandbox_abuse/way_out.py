@@ -3,7 +3,7 @@ bring down who carries it."""
 
 from __future__ import annotations
 
-from agentgym.testing.sandbox_abuse.attack import Attack, Scene, attack, require, told
+from agentgym.testing.sandbox_abuse.attack import Attack, Scene, attack, require, told, within
 from agentgym.testing.sandbox_abuse.reach import CALLS, NAMES, OUTSIDE, TUNNELS, Listeners
 from agentgym.testing.sandbox_conformance.network import HostServer
 
@@ -12,7 +12,7 @@ SMUGGLE = """
 import json, os, socket
 proxy = ("127.0.0.1", int(os.environ["http_proxy"].rsplit(":", 1)[1]))
 listed, secret = "127.0.0.1:%(listed)d", "%(secret)s"
-def said(data, patience=5):
+def said(data, patience=20):
     got = b""
     try:
         with socket.create_connection(proxy, patience) as s:
@@ -88,12 +88,14 @@ def exfiltration_through_an_allow_list(scene: Scene) -> str:
         targets = [*host.addresses, *OUTSIDE]
         reached, interfaces = told(box, CALLS % {**values, "targets": targets, "paths": host.paths}, timeout_s=90)
         asked, through = told(box, SMUGGLE % {**values, "targets": targets}, timeout_s=120)
-        require(not host.heard, f"the host heard it on {host.heard}")
+        heard = host.hear_out(30.0 if reached or through else 0.0)
+        require(not heard, f"the host heard it on {heard}")
         require(not reached, f"reached {reached} without the proxy")
         require(not through, f"the proxy let through {through}")
         require(set(interfaces) <= {"lo"} | TUNNELS, f"the box has the interfaces {interfaces}")
         require(all(scene.nonce not in path for path in server.heard), f"smuggled to the listed host: {server.heard}")
         require(server.heard == ["/first"], f"the listed host heard {server.heard}, and /first was sent to it")
+        within(lambda: box.network.refused >= asked)  # a connection is written down when it has ended
         refused = box.network.refused
         require(refused >= asked, f"{asked} requests were refused, and {refused} are written down")
     return (

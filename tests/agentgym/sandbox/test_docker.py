@@ -54,7 +54,10 @@ def ours(client: docker.DockerClient) -> set[str]:
 def nothing_stays(client: docker.DockerClient) -> Iterator[None]:
     before = ours(client)
     yield
-    assert ours(client) == before
+    until = time.monotonic() + 60
+    while ours(client) != before:  # a daemon's list may lag behind what it says of the one that was removed
+        assert time.monotonic() < until, ours(client) ^ before
+        time.sleep(0.05)
 
 
 def a_tar(**files: bytes) -> bytes:
@@ -180,14 +183,15 @@ def test_the_worker_is_pid_1_and_reaps(running: tuple[Sandbox, dict[str, Any]]) 
     orphans = "import os\nfor _ in range(12):\n if os.fork() == 0:\n  if os.fork() == 0: os._exit(0)\n  os._exit(0)"
     for _ in range(4):
         assert box.exec(["python3", "-I", "-c", orphans], timeout_s=30).exit_code == 0
-    until = time.monotonic() + 60
-    while (states := box.exec("cut -d' ' -f3 /proc/[0-9]*/stat").stdout.split()).count(b"Z"):
-        assert time.monotonic() < until, states
+        until = time.monotonic() + 60
+        look = "cut -d' ' -f3 /proc/[0-9]*/stat"
+        while len(states := box.exec(look).stdout.split()) > 4 or b"Z" in states:  # the next ones need the room
+            assert time.monotonic() < until, states
 
 
 def test_its_disk_holds_no_more_files_than_bytes(client: docker.DockerClient) -> None:
     with open_sandbox("docker", SandboxSpec(tmpfs_mb=1)) as box:
-        result = box.exec("i=0; while (: > f$i) 2>/dev/null; do i=$((i+1)); done; echo $i", timeout_s=60)
+        result = box.exec("i=0; while (: > f$i) 2>/dev/null; do i=$((i+1)); done; echo $i", timeout_s=300)
         assert 100 < int(result.text) < 256, "one for 4 KiB"
 
 

@@ -276,7 +276,7 @@ def test_a_daemon_that_never_answers_is_not_waited_for() -> None:
         started = time.monotonic()
         with pytest.raises(UnavailableError, match=r"no Docker daemon answers at tcp://127.*timed out.*tier=namespace"):
             open_sandbox("docker", host=host)
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
 
 
 @pytest.mark.docker
@@ -287,14 +287,14 @@ def test_a_daemon_that_stops_answering_is_noticed_by_the_next_box(relay: tuple[D
     started = time.monotonic()
     with pytest.raises(UnavailableError, match="no Docker daemon answers at unix:///tmp/agentgym-relay"):
         open_sandbox("docker", host=host)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.docker
 @pytest.mark.parametrize("way", [0, 1], ids=["resident", "docker exec"])
 def test_a_daemon_that_dies_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, Relay], way: int) -> None:
     host, between = relay
-    spec = SandboxSpec(lease_s=5)
+    spec = SandboxSpec(lease_s=20)  # so that it does not end by itself before
     box = DockerExecSandbox(spec, host) if way else open_sandbox("docker", spec, host=host)
     threading.Timer(0.5, between.cut).start()
     with pytest.raises(
@@ -303,17 +303,17 @@ def test_a_daemon_that_dies_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, R
         box.exec("sleep 600", timeout_s=600)
     with pytest.raises(SandboxDiedError, match=r"cannot be removed: the Docker daemon at .* does not answer"):
         box.close()
-    assert not left_over(box.name, 60), "the box ends with its input or its lease, daemon or not"
+    assert not left_over(box.name, 120), "the box ends with its input or its lease, daemon or not"
 
 
 @pytest.mark.docker
 def test_a_daemon_that_hangs_in_mid_call_is_a_dead_box(relay: tuple[DockerHost, Relay]) -> None:
     host, between = relay
-    box = open_sandbox("docker", SandboxSpec(lease_s=3), host=host)
+    box = open_sandbox("docker", SandboxSpec(lease_s=10), host=host)
     between.hang(after=1)
     with pytest.raises(SandboxDiedError, match=f"{box.name} died: it did not answer 'exec' within"):
         box.exec("sleep 0.5", timeout_s=1)
-    assert not left_over(box.name, 60), "no beat came through for the lease"
+    assert not left_over(box.name, 120), "no beat came through for the lease"
     between.cut()
     with pytest.raises(SandboxError, match="cannot be removed"):
         box.close()
@@ -374,7 +374,10 @@ def test_a_box_behind_tls(certificates: Path, tls_port: int) -> None:
 @pytest.mark.docker
 @pytest.mark.parametrize(
     ("folder", "why"),
-    [("other", "certificate verify failed"), ("mixed", "unknown ca|decrypt error|EOF occurred|reset|Broken pipe")],
+    [
+        ("other", "certificate verify failed"),
+        ("mixed", "unknown ca|decrypt error|EOF occurred|reset|closed connection|Broken pipe"),
+    ],
 )
 def test_certificates_of_another_authority_are_refused(
     certificates: Path, tls_port: int, folder: str, why: str
@@ -383,7 +386,7 @@ def test_certificates_of_another_authority_are_refused(
     started = time.monotonic()
     with pytest.raises(UnavailableError, match=rf"(?i)no Docker daemon answers at tcp://127.*({why}).*same authority"):
         open_sandbox("docker", host=host)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
 
 
 SSH = """#!/bin/sh
@@ -409,10 +412,18 @@ def ssh_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "log"
 
 
+def ssh_children() -> Iterator[psutil.Process]:
+    """Children of this process, zombies too, that are an ssh or what it became; other children come and go."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() in ("ssh", "docker"):
+                yield process
+
+
 @pytest.mark.docker
 def test_a_box_behind_ssh(ssh_log: Path) -> None:
     host = DockerHost("ssh://me@gpu1:2222")
-    before = set(psutil.Process().children())
+    before = set(ssh_children())
     for box in both_ways(SandboxSpec(output_limit=4_000_000), host):
         with box:
             moves_a_megabyte(box)
@@ -421,10 +432,9 @@ def test_a_box_behind_ssh(ssh_log: Path) -> None:
         assert not left_over(box.name, 1.0)
     lines = ssh_log.read_text().splitlines()
     assert all(line.endswith("-l me -p 2222 -- gpu1 docker system dial-stdio") for line in lines)
-    kept = set(psutil.Process().children()) - before
-    assert kept
+    assert set(ssh_children()) - before
     disconnect(host)
-    assert not set(psutil.Process().children()) - before, "every ssh has ended and was waited for"
+    assert not set(ssh_children()) - before, "every ssh has ended and was waited for"
 
 
 @pytest.mark.docker
@@ -434,4 +444,4 @@ def test_an_ssh_that_is_not_let_in_says_so(ssh_log: Path) -> None:
         UnavailableError, match=r"ssh://nobody@gpu1 \(nobody@gpu1: Permission denied.*`ssh nobody@gpu1 docker"
     ):
         open_sandbox("docker", host=DockerHost("ssh://nobody@gpu1"))
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60

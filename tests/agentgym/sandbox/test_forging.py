@@ -16,7 +16,7 @@ from agentgym.sandbox import SandboxSpec, open_sandbox
 from agentgym.sandbox.grading.verdict import Verdict
 from agentgym.sandbox.grading.verify import VerifierPlan, verify
 from agentgym.sandbox.spec import VERIFIER_UID, Sandbox
-from agentgym.testing.sandbox_abuse import FORGERIES, Attack
+from agentgym.testing.sandbox_abuse import FORGERIES, Attack, forging
 from agentgym.testing.sandbox_abuse.forging import reading_the_tests
 
 TIERS = [
@@ -79,7 +79,8 @@ class Leaky:
 
 
 @pytest.mark.bubblewrap
-def test_tests_that_lie_beside_the_graded_program_are_noticed() -> None:
+def test_tests_that_lie_beside_the_graded_program_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forging, "RUN_S", (30.0,))  # the first grading counts, for the thief as for the honest one
     open_box, leaked = opener("namespace"), dict[str, bytes | str]()
 
     outcome = reading_the_tests.run(lambda spec: Leaky(open_box(spec), leaked))  # type: ignore[arg-type,return-value]

@@ -44,9 +44,9 @@ def test_a_box_has_a_kernel_of_its_own(gvisor: None) -> None:
 def test_it_runs_as_many_processes_as_the_spec_says(gvisor: None) -> None:
     """Each holds a dozen threads of the host, which must not run out first."""
     with open_sandbox("gvisor", SandboxSpec(pids=60)) as box:
-        result = box.exec("for i in $(seq 50); do sleep 20 & done; sleep 0.2; echo started", timeout_s=60)
+        result = box.exec("for i in $(seq 50); do sleep 600 & done; sleep 0.2; echo started", timeout_s=60)
         assert (result.exit_code, result.text) == (0, "started\n"), result.error_text
-        assert b"fork" in box.exec("for i in $(seq 20); do sleep 20 & done", timeout_s=60).stderr
+        assert b"fork" in box.exec("for i in $(seq 20); do sleep 600 & done", timeout_s=60).stderr
         box.ping()
         began = int(time.time())
         box.close()
