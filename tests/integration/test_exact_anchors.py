@@ -49,7 +49,7 @@ def test_every_old_logprob_is_that_of_its_own_version(tmp_path, anchor):
         assert row["anchor/num_exact"] == row["policy/num_tokens"] > 0
         # The engine recorded what its own weights gave: the same version's logprobs, here and there in fp32. Those of
         # a neighbouring version are a hundredth off, or more.
-        assert row["discrepancy/max_abs_log_ratio"] < 1e-5
+        assert row["discrepancy/max_abs_log_ratio"] < 1e-4
     if anchor == "interrupt":
         assert all(row["anchor/broken_pauses"] == 0 for row in rows)
         assert all(row["time/pause_s"] >= row["anchor/stall_s"] > 0 for row in rows)
@@ -72,5 +72,5 @@ def test_two_ranks_share_the_work_of_an_interruption(tmp_path):
     assert (folder / "checkpoints" / "step-000005" / "random_states_1.pkl").exists()  # there was a second rank
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(row["trajectory/lag_max"] for row in rows) >= 1
-    assert all(row["discrepancy/max_abs_log_ratio"] < 1e-5 for row in rows)
+    assert all(row["discrepancy/max_abs_log_ratio"] < 1e-4 for row in rows)
     assert all(row["anchor/num_exact"] == row["policy/num_tokens"] > 0 for row in rows)

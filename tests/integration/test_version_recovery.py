@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from agentgym.server.client import ServiceClient
+
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
 FEW = ("rollout.groups_per_step=8", "rollout.in_flight=48", "engine.slots=48")
 
@@ -42,6 +44,10 @@ def test_a_trainer_that_comes_after_a_killed_one_scores_its_tokens_exactly(tmp_p
             time.sleep(0.05)
         killed.send_signal(signal.SIGKILL)
         killed.wait()
+        with ServiceClient(url, (served / "trainer.key").read_text()) as client:
+            while client.status().ready_groups < 8:  # what the next one trains on first is the killed one's
+                assert time.monotonic() < deadline, "no batch within 400 s"
+                time.sleep(0.05)
         done = subprocess.run(
             [*program, "train", str(QUICKSTART), *sections, "run.name=next", "trainer.steps=2"],
             capture_output=True, text=True, timeout=400,
