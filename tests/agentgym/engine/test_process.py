@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file
+from torch_law import TOLERANCE
 
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.process import ProcessEngine
@@ -117,7 +118,7 @@ def test_it_samples_what_the_engine_in_process_samples_over_publications(model_o
         for mine, theirs in zip(ours, await run(inside), strict=True):
             assert mine.token_ids == theirs.token_ids
             assert mine.policy_versions == theirs.policy_versions
-            assert np.abs(np.array(mine.logprobs) - np.array(theirs.logprobs)).max() < 1e-5
+            assert np.abs(np.array(mine.logprobs) - np.array(theirs.logprobs)).max() < TOLERANCE
         await inside.close()
 
     asyncio.run(main())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch_law import Pace
+from torch_law import TOLERANCE, Pace
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from agentgym.engine.gate import VersionedPolicy
@@ -84,7 +84,7 @@ def test_a_merged_adapter_is_pefts_forward(
     ids = torch.arange(24)[None] % 61
     assert (logprobs(served, ids) - logprobs(base, ids)).abs().max() > 0.1  # the adapter does something
     # the merged product and the two thin ones round differently: so much and no more
-    torch.testing.assert_close(logprobs(served, ids), logprobs(wrapped, ids), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(logprobs(served, ids), logprobs(wrapped, ids), atol=TOLERANCE, rtol=0.0)
 
 
 def test_each_adapter_meets_the_base_and_not_the_adapter_before(model_of: MakeModel, tmp_path: Path) -> None:
@@ -260,5 +260,5 @@ def test_adapters_are_published_while_requests_run(model_of: MakeModel, tmp_path
             zip(completion.token_ids, completion.logprobs, completion.policy_versions)
         ):
             expected = float(by_version[version][len(prompt) + index - 1, token])
-            assert logprob == pytest.approx(expected, abs=1e-5)
+            assert logprob == pytest.approx(expected, abs=TOLERANCE)
     assert versions == {0, 1, 2, 3}

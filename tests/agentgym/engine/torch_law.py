@@ -16,7 +16,7 @@ from agentgym.engine.torch_engine import TorchEngine
 from agentgym.engine.torch_engine_batch import Outcome
 from agentgym.policy import Completion, SamplingParams, Segment
 
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # float32 on any batch: of 12,000 tokens the worst was off by 8e-6; another version's by 1e-2 and more
 
 
 async def segment_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams) -> Segment:
