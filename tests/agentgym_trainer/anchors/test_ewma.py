@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def test_shards_average_as_the_whole_does() -> None:
     assert torch.equal(torch.cat(shards), whole)
 
 
-def _one_rank_of_two(rank: int, store: str, found: multiprocessing.SimpleQueue[tuple[bool, list[bool]]]) -> None:
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def one_rank_of_two(rank: int, folder: Path) -> None:
+    """In a process of its own; leaves what it found in `folder`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     whole, sharded = nn.Linear(6, 5), nn.Linear(6, 5)
@@ -113,21 +115,20 @@ def _one_rank_of_two(rank: int, store: str, found: multiprocessing.SimpleQueue[t
     is_a_part = len(parts) == 2 and parts["weight"].to_local().shape[0] < 5
     has_a_history = not torch.equal(one.weights["weight"], whole.weight)
     same = [torch.equal(average, parts[name].full_tensor()) for name, average in one.weights.items()]
-    found.put((is_a_part and has_a_history, same))
+    (folder / f"{rank}").write_text(json.dumps([is_a_part and has_a_history, *same]))
     dist.destroy_process_group()
 
 
 def test_two_processes_that_hold_a_shard_each_average_as_one_that_holds_the_whole(tmp_path: Path) -> None:
     """Real shards, through the anchor: its own copy, its own updates, a reset among them; bitwise."""
-    forked = multiprocessing.get_context("fork")
-    found = forked.SimpleQueue()
-    ranks = [forked.Process(target=_one_rank_of_two, args=(r, str(tmp_path / "store"), found)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    assert [found.get() for _ in ranks] == [(True, [True, True])] * 2
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    try:
+        assert [rank.wait(280) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [json.loads((tmp_path / f"{rank}").read_text()) for rank in range(2)] == [[True] * 3] * 2
 
 
 @pytest.mark.parametrize(
@@ -287,3 +288,7 @@ def test_mutant_that_keeps_old_buffers_would_be_seen(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ewma_module, "average_in", lambda average, current, weight, beta: None)
     with pytest.raises(AssertionError):
         test_a_reset_erases_history_and_is_counted()
+
+
+if __name__ == "__main__":
+    one_rank_of_two(int(sys.argv[1]), Path(sys.argv[2]))
