@@ -122,7 +122,7 @@ class Scene:
         """The box works, or is dead by name; anything between is an escape of a kind."""
         word = secrets.token_hex(4)
         try:
-            result = box.exec(["echo", word], timeout_s=20)
+            result = box.exec(["echo", word], timeout_s=60)
         except SandboxDiedError:
             return "the box died, by name"
         except SandboxLimitError:
@@ -174,12 +174,12 @@ class Scene:
             box.stop_process(process)
 
 
-def hostile(box: Sandbox, code: str, *, timeout_s: float = 20.0) -> ExecResult:
+def hostile(box: Sandbox, code: str, *, timeout_s: float = 90.0) -> ExecResult:
     """Runs a Python program in the box."""
     return box.exec(["python3", "-I", "-c", code], timeout_s=timeout_s)
 
 
-def told(box: Sandbox, code: str, *, timeout_s: float = 20.0) -> Any:
+def told(box: Sandbox, code: str, *, timeout_s: float = 90.0) -> Any:
     """What our own probe in the box prints as JSON."""
     result = hostile(box, code, timeout_s=timeout_s)
     try:

@@ -126,7 +126,7 @@ for folder in ("/work", "/tmp", "/dev/shm", "/var/tmp", "/run", "/dev", "/"):
 print(json.dumps(taken))
 """
     with contextlib.suppress(SandboxTimeoutError, SandboxDiedError, SandboxLimitError):
-        taken = told(box, fill, timeout_s=20)
+        taken = told(box, fill)
         writable = {folder: size for folder, size in taken.items() if size}
         limit = {"/work": 8, "/tmp": 8, "/dev/shm": 16}
         for folder, size in writable.items():

@@ -16,7 +16,7 @@ def _true_or_dead(box: Sandbox) -> str:
         word = secrets.token_hex(8).encode()
         try:
             box.write_file("/tmp/word", word)
-            result = box.exec("cat /tmp/word; exit 7", timeout_s=15)
+            result = box.exec("cat /tmp/word; exit 7", timeout_s=60)
             require((result.exit_code, result.stdout) == (7, word), f"the host was told {result!r:.200}")
             require(box.read_file("/tmp/word") == word, "the host read another file than it wrote")
         except SandboxDiedError as error:
