@@ -23,7 +23,7 @@ from agentgym.server.models import resolve_model
 from agentgym.trajectory import EpisodeStatus, Trajectory
 from agentgym_trainer.settings import TrainConfig
 
-pytestmark = [pytest.mark.docker, pytest.mark.smollm]
+pytestmark = [pytest.mark.docker, pytest.mark.smollm, pytest.mark.timeout(900)]
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm_python_math.toml"
 
 
@@ -65,7 +65,6 @@ def test_the_models_code_runs_in_a_box():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_whose_episodes_run_code_in_boxes(tmp_path: Path):
     command = [sys.executable, "-m", "agentgym.cli", "train", str(CONFIG), f"run.dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=840)
