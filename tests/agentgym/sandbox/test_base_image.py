@@ -122,6 +122,7 @@ def test_the_base_image_can_do_ordinary_mathematics() -> None:
 
 @needs_root
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # debootstrap starts thousands of processes
 def test_the_real_build(tag: str) -> None:
     assert base_image.build_base_image(tag, report=lambda _: None) is True
     with open_sandbox("docker", SandboxSpec(image=tag)) as box:
