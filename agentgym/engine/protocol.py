@@ -84,7 +84,7 @@ class Engine(Protocol):
 
     async def pause(self, mode: PauseMode = "abort") -> None:
         """Interrupts or holds every running request and accepts no other until `resume`; idempotent. Returns when
-        nothing is being computed any more."""
+        no token is sampled any more."""
         ...
 
     async def load(self, update: WeightUpdate) -> int:

@@ -270,6 +270,10 @@ class VllmReplica:
         # told to clear its caches, 0.32 computes the keys of kept requests again, and they would not be kept
         await self._post(f"/pause?mode={mode}&clear_cache={'false' if mode == 'keep' else 'true'}")
 
+    async def interrupt(self) -> None:
+        """Ends every request behind what it was given, and the server takes others; a step under way is for nobody."""
+        await self._post("/abort_requests", {})
+
     async def resume(self) -> None:
         await self._post("/resume")
 
@@ -385,7 +389,9 @@ class VllmReplica:
 
 _CONTROL_S = 300.0
 _LIKELIEST = 20  # vLLM's limit, unless it is started with another
-_ROUTES = ("/inference/v1/generate", "/pause", "/resume", "/update_weights", "/weight_info", "/server_info")
+_ROUTES = (
+    "/inference/v1/generate", "/pause", "/resume", "/abort_requests", "/update_weights", "/weight_info", "/server_info",
+)  # fmt: skip
 
 
 def derived_seed(seed: int, position: int) -> int:

@@ -231,7 +231,9 @@ class Seat:
             await self.stage(version, published)
         assert self._staged is not None
         staged, self._staged = self._staged, None
-        assert self._halted or staged.is_named, "weights are replaced on a server that stands still"
+        if not (self._halted or staged.is_named):  # the pause was for an adapter that was staged, and this is another
+            await self.replica.pause("abort")
+            self._halted = True
         loaded = 0
         if staged.model is not None and (staged.names or published.adapter_config is None):
             self._loaded = None
@@ -265,12 +267,15 @@ class Seat:
             )
 
     async def pause(self, mode: PauseMode) -> None:
-        """A request that is kept goes on under the adapter that it named: for a new one no server need stand still. One
-        that does, from an earlier pause, does until the end of this one."""
+        """For a new adapter no server need stand still, nor anyone wait for the end of its step: a request that is kept
+        goes on under the adapter that it named. A server that stands still, from an earlier pause, does until the end
+        of this one."""
         assert self.replica is not None
-        if not (mode == "keep" and self._staged is not None and self._staged.is_named):
+        if self._staged is None or not self._staged.is_named:
             await self.replica.pause(mode)
             self._halted = True
+        elif mode == "abort":
+            await self.replica.interrupt()
 
     async def resume(self) -> None:
         assert self.replica is not None

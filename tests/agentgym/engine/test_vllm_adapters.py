@@ -97,6 +97,33 @@ async def adapter_among_requests(house: House, mode: PublishMode) -> int:
 
 
 @on_a_server
+def test_an_interruption_gives_what_no_chunk_has_brought_yet(house: House) -> None:
+    """Where nobody listens tokens come sixteen at a time; those of a chunk that is not full are not sampled again."""
+
+    async def main() -> None:
+        for _ in range(5):  # by chance all may stand at a full chunk, or between two requests
+            before = house.engine.policy_version
+            update = house.adapter()
+            stream: list[int] = []
+            heard = house.policy.complete([1], SamplingParams(200, seed=1), hearing(stream))
+            others = [house.policy.complete([2, index], SamplingParams(200, seed=index)) for index in range(8)]
+            running = [asyncio.ensure_future(completion) for completion in (heard, *others)]
+            await begun([stream], 20)
+            await house.policy.publish(update, "abort")
+            completions = await asyncio.gather(*running)
+            for index, completion in enumerate(completions[1:]):
+                house.assert_exact([2, index], completion)
+            if any(
+                list(done.policy_versions).count(before) % 16 and update.version in done.policy_versions
+                for done in completions[1:]
+            ):
+                return
+        raise AssertionError("all interrupted requests had whole chunks, five times")
+
+    house.run(main())
+
+
+@on_a_server
 def test_whole_models_and_adapters_may_follow_each_other(house: House) -> None:
     """An adapter is one to the model's folder, whatever was served meanwhile."""
 

@@ -4,21 +4,16 @@ routes and have no model: what they would compute is not the question here (test
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from pathlib import Path
 
-import numpy as np
 import pytest
-from vllm_pretender import HANGS_UP, Pretender
+from vllm_pretender import HANGS_UP, Pretender, house
 
-from agentgym import weight_file
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.engine.vllm_engine import VllmEngine
@@ -28,22 +23,6 @@ from agentgym.errors import EngineDiedError, EngineError, InputError
 from agentgym.policy import SamplingParams
 
 PATIENCE_S = 150.0  # a seat that is filled in vain is tried again after 0, 1, 5, 30 and 60 s
-
-
-@contextlib.asynccontextmanager
-async def house(
-    folder: Path, count: int = 2, max_lora_rank: int | None = None
-) -> AsyncIterator[tuple[VllmEngine, list[Pretender]]]:
-    servers = [Pretender(max_lora_rank) for _ in range(count)]
-    async with contextlib.AsyncExitStack() as stack:
-        for server in servers:
-            await stack.enter_async_context(server.listening())
-        urls = [server.url for server in servers]
-        engine = await VllmEngine.connect(folder, urls, max_context=64, max_lora_rank=max_lora_rank)
-        try:
-            yield engine, servers
-        finally:
-            await engine.close()
 
 
 async def until(engine: VllmEngine, *states: str) -> None:
@@ -345,26 +324,6 @@ def test_a_seat_that_is_closed_while_it_is_emptied_leaves_no_server(model_of, tm
         await seat.close()
         assert server.ended.done()
         assert not Path(server.socket).parent.exists()
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
-
-
-def test_an_adapter_that_is_published_under_keep_ends_the_pause_before_it(model_of, tmp_path: Path) -> None:
-    """Nobody need stand still for it, but who stands still already must go on."""
-    weight = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((1, 32), np.float32)}
-    config = {"format": "lora", "adapter_config": json.dumps({"r": 1})}
-    weight_file.save_file(weight, tmp_path / "1.safetensors", config)
-
-    async def main() -> None:
-        async with house(model_of("llama")[0], 1, max_lora_rank=1) as (engine, servers):
-            policy = VersionedPolicy(engine)
-            await policy.pause(20.0)
-            await policy.publish(WeightUpdate(1, tmp_path / "1.safetensors"), "keep")
-            assert servers[0].resumed.is_set()
-            assert await ask(policy) == (1, 1, 1)
-            paused = servers[0].asked["/pause"]
-            await policy.publish(WeightUpdate(2, tmp_path / "1.safetensors"), "keep")
-            assert servers[0].asked["/pause"] == paused, "it went on all the time"
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 

@@ -7,8 +7,10 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+from agentgym.engine.vllm_engine import VllmEngine
 from agentgym.engine.vllm_replica import _ROUTES
 from agentgym.engine.vllm_server import BACKEND
 
@@ -107,3 +109,19 @@ class Pretender:
             "weight_versions": [{"version": self.label, "start": 0, "end": count}],
         }
         return f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n".encode()
+
+
+@contextlib.asynccontextmanager
+async def house(
+    folder: Path, count: int = 2, max_lora_rank: int | None = None
+) -> AsyncIterator[tuple[VllmEngine, list[Pretender]]]:
+    servers = [Pretender(max_lora_rank) for _ in range(count)]
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server.listening())
+        urls = [server.url for server in servers]
+        engine = await VllmEngine.connect(folder, urls, max_context=64, max_lora_rank=max_lora_rank)
+        try:
+            yield engine, servers
+        finally:
+            await engine.close()
