@@ -205,8 +205,10 @@ def replaced_programs(scene: Scene) -> str:
     return f"{apart}; {together}, {len(left_out)} files left out"
 
 
+# Of descriptors only files are read: on gVisor whoever reads the worker's streams takes from it what the host says, and
+# its box dies of that. Attacks on the worker do so; here the box must live to show what it has to hide.
 FIND = """
-import glob, os
+import glob, os, stat
 def everything():
     for folder, folders, files in os.walk("/"):
         if folder in ("/proc", "/sys", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc"): folders[:] = []; continue
@@ -216,8 +218,10 @@ def found():
     for path in everything():
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            data = os.read(fd, 1 << 20); os.close(fd)
         except OSError: continue
+        try: data = os.read(fd, 1 << 20) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        except OSError: continue
+        finally: os.close(fd)
         if b"def everything" in data: continue  # this program
         i = data.find(b"secret-")
         if i >= 0: yield data[i:i + 40].decode("latin-1")

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from agentgym.errors import SandboxDiedError
 from agentgym.testing.sandbox_abuse.attack import Attack, Scene, attack, hostile, require, told
 
 # The cloud's metadata services, the Internet by address and by name, and a multicast of the local network.
@@ -231,7 +232,10 @@ print(dict(os.environ))
 """
         found = hostile(box, dump)
         require(secret.encode() not in found.stdout + found.stderr, "it found a secret of the host's environment")
-        count = told(box, "import os, json; print(json.dumps([n for n in os.listdir('/proc') if n.isdigit()]))")
+        try:
+            count = told(box, "import os, json; print(json.dumps([n for n in os.listdir('/proc') if n.isdigit()]))")
+        except SandboxDiedError:  # on gVisor it may have taken from its worker what the host said just then
+            return "it found nothing, and its box died, by name"
         require(len(count) < 6, f"it sees {len(count)} processes")
     finally:
         del os.environ["AGENTGYM_ABUSE_SECRET"]
