@@ -298,7 +298,9 @@ def test_the_routes_agree_to_the_bit_and_a_killed_scorer_loses_nothing(
     settings = scorer_settings(folder, trainer.log.folder)
     with OldLogitModel(settings, tmp_path / "scorer.log", queue_tokens=200, poll_s=0.01) as scorer:
         scorer.follow(world)
-        for step in range(14):
+        for step in range(100):
+            if step >= 14 and mixed > 3:  # how often a publication meets an episode is up to the machine
+                break
             batch = world.take(5)
             rows = [row for one in batch for row in one.sequences]
             trainer.hold("scorer", scorer.needed_versions())
