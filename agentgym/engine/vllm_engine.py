@@ -12,12 +12,15 @@ import asyncio
 import dataclasses
 import json
 import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agentgym.engine.owned_folder import remove_orphans
 from agentgym.engine.protocol import EngineStats, PauseMode, Probe, WeightUpdate
 from agentgym.engine.vllm_adapters import AdapterShelf
+from agentgym.engine.vllm_carrier import PREFIX, SenderOptions, check_senders
 from agentgym.engine.vllm_dispatch import Dispatch
 from agentgym.engine.vllm_facts import shape_of
 from agentgym.engine.vllm_replica import ReplicaLostError, Sampling
@@ -35,7 +38,13 @@ class VllmEngine:
     """
 
     def __init__(
-        self, model_folder: Path, max_context: int, dtype: str, max_lora_rank: int | None = None, lost_s: float = 600.0
+        self,
+        model_folder: Path,
+        max_context: int,
+        dtype: str,
+        max_lora_rank: int | None = None,
+        lost_s: float = 600.0,
+        senders: SenderOptions | None = None,
     ) -> None:
         self.max_context = max_context
         self.policy_version = 0
@@ -44,6 +53,7 @@ class VllmEngine:
         self.model_folder = model_folder
         self.dtype = dtype
         self.max_lora_rank = max_lora_rank
+        self.senders = senders
         self.going = asyncio.Event()
         self.going.set()
         config = _config(model_folder)
@@ -59,13 +69,32 @@ class VllmEngine:
         self._shelf = AdapterShelf()
 
     @classmethod
-    async def start(cls, model_folder: Path, options: VllmServerOptions, *, replicas: int = 1) -> VllmEngine:
-        """Starts `replicas` servers and waits until all serve. Raises InputError and its kin, EngineDiedError."""
+    async def start(
+        cls,
+        model_folder: Path,
+        options: VllmServerOptions,
+        *,
+        replicas: int = 1,
+        devices: Sequence[str] = (),
+        senders: SenderOptions | None = None,
+    ) -> VllmEngine:
+        """Starts `replicas` servers, each on its GPUs of `devices`, and waits until all serve. Raises InputError and
+        its kin, EngineDiedError."""
         if replicas < 1:
             raise InputError(f"engine.replicas must be >= 1, got {replicas}")
-        options = dataclasses.replace(options, build=await python_with_vllm(options.python))
-        engine = cls(model_folder, options.max_context, options.dtype, options.max_lora_rank)
-        engine.seats += [Seat(engine, f"vllm {index}", options, None) for index in range(replicas)]
+        build = await python_with_vllm(options.python)
+        if devices and build == "cpu":
+            raise InputError(f"engine.vllm_devices names GPUs, and {options.python} has vLLM's build for CPUs")
+        if devices and len(devices) != replicas:
+            raise InputError(f"engine.vllm_devices must name the GPUs of {replicas} servers, got {list(devices)}")
+        if senders is not None:
+            await check_senders(senders)
+            options = dataclasses.replace(options, backend=senders.backend)
+        options = dataclasses.replace(options, build=build)
+        engine = cls(model_folder, options.max_context, options.dtype, options.max_lora_rank, senders=senders)
+        for index in range(replicas):
+            own = dataclasses.replace(options, devices=devices[index] if devices else "")
+            engine.seats.append(Seat(engine, f"vllm {index}", own, None, index))
         return await engine._begin()
 
     @classmethod
@@ -77,17 +106,21 @@ class VllmEngine:
         max_context: int,
         dtype: str = "float32",
         max_lora_rank: int | None = None,
+        senders: SenderOptions | None = None,
     ) -> VllmEngine:
         """Takes over running servers, which get the weights of `model_folder`. Raises InputError for one that lacks
         what correctness needs, EngineDiedError for one that does not answer."""
         if not urls or len(set(urls)) != len(urls):
             raise InputError(f"engine.vllm_urls must be one or more different URLs, got {list(urls)}")
-        engine = cls(model_folder, max_context, dtype, max_lora_rank)
-        engine.seats += [Seat(engine, f"vllm at {url}", None, url) for url in urls]
+        if senders is not None:
+            await check_senders(senders)
+        engine = cls(model_folder, max_context, dtype, max_lora_rank, senders=senders)
+        engine.seats += [Seat(engine, f"vllm at {url}", None, url, index) for index, url in enumerate(urls)]
         return await engine._begin()
 
     async def _begin(self) -> VllmEngine:
         await asyncio.to_thread(remove_left_folders)
+        await asyncio.to_thread(remove_orphans, PREFIX, Path(tempfile.gettempdir()))
         await asyncio.to_thread(self._shelf.remove_orphans)
         try:
             async with asyncio.TaskGroup() as group:  # one that cannot start ends the start of all

@@ -4,11 +4,12 @@ asks, is refused before it serves, with the mend. Must never know HTTP."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agentgym.errors import InputError
+from agentgym.errors import AgentGymError, EngineError, InputError
 
 _FORWARD = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -32,7 +33,7 @@ class ServerFacts:
 
     Example: `ServerFacts(model="/models/tiny", dtype="float32", max_context=512, logprobs_mode="processed_logprobs",
     backend="agentgym_file", async_scheduling=False, splits_prompts=False, on_cpu=True, quantization=None,
-    cache_dtype="auto", has_lora=False, max_lora_rank=None)`.
+    cache_dtype="auto", has_lora=False, max_lora_rank=None, num_workers=1)`.
     """
 
     model: str
@@ -47,12 +48,13 @@ class ServerFacts:
     cache_dtype: str  # of keys and values
     has_lora: bool
     max_lora_rank: int | None  # None: adapters cannot be loaded while it runs
+    num_workers: int  # GPUs that hold a part or a copy of the model
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, takes_adapters: bool) -> ServerFacts:
         """Reads the vllm_config of /server_info. `takes_adapters`: it has the route that loads one."""
         model, scheduler = config["model_config"], config["scheduler_config"]
-        transfer = config.get("weight_transfer_config")
+        transfer, parallel = config.get("weight_transfer_config"), config.get("parallel_config") or {}
         return cls(
             model=str(model["model"]),
             dtype=str(model["dtype"]).removeprefix("torch."),
@@ -68,6 +70,7 @@ class ServerFacts:
             max_lora_rank=int((config.get("lora_config") or {}).get("max_lora_rank", 0)) or None
             if takes_adapters
             else None,
+            num_workers=int(parallel.get("world_size", 1)) * int(parallel.get("data_parallel_size", 1)),
         )
 
     def check(self, name: str, *, backend: str, dtype: str, max_context: int, max_lora_rank: int | None = None) -> None:
@@ -80,9 +83,14 @@ class ServerFacts:
         if self.backend != backend:
             wanted = json.dumps({"backend": backend})
             raise InputError(
-                f"{name} has the weight-transfer back end {self.backend!r}, and published files are loaded by "
-                f"{backend!r} (nccl, ipc and sparse_nccl need a trainer on GPUs and are not driven by this engine); "
-                f"install this distribution beside vLLM and start it with --weight-transfer-config '{wanted}'"
+                f"{name} has the weight-transfer back end {self.backend!r}, and engine.weight_transfer asks for "
+                f"{backend!r}; install this distribution beside vLLM and start it with --weight-transfer-config "
+                f"'{wanted}'"
+            )
+        if backend == "agentgym_ipc" and self.num_workers != 1:
+            raise InputError(
+                f"{name} is spread over {self.num_workers} GPUs, and CUDA IPC carries weights within one; use "
+                "engine.weight_transfer 'nccl' or 'file'"
             )
         if self.async_scheduling:
             raise InputError(f"{name} schedules asynchronously, which is not proven here; add --no-async-scheduling")
@@ -114,3 +122,15 @@ class ServerFacts:
                 f"start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora, --max-loras 2 and --max-lora-rank "
                 f">= {max_lora_rank}"
             )
+
+
+def understood(name: str, error: EngineError) -> AgentGymError:
+    """What a back end of ours in the server `name` meant by refusing to be introduced; `error` itself where it is
+    something else."""
+    if (found := re.search(r"""another model: ([^"'\\\n]+)""", str(error))) is not None:
+        return InputError(f"{name} serves another model: {found[1]}; start it with this run's model")
+    if "unexpected keyword" in str(error):
+        return InputError(
+            f"{name} has the plug-in of another version of this distribution; install this one beside its vLLM"
+        )
+    return error

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ import httpx
 import msgspec
 
 from agentgym.engine.protocol import PauseMode
-from agentgym.engine.vllm_facts import ServerFacts
+from agentgym.engine.vllm_facts import ServerFacts, understood
 from agentgym.engine.vllm_stream import StreamClient
 from agentgym.engine.vllm_weights import PublishedTensors
 from agentgym.errors import EngineDiedError, EngineError, InputError
@@ -121,6 +120,7 @@ class VllmReplica:
 
     def __init__(self, name: str, run: str, *, url: str | None = None, socket: str | None = None) -> None:
         self.name = name
+        self.url = url
         self.version = 0
         self._adapted = False  # whether the version is an adapter, which its requests name
         self._run = run
@@ -175,7 +175,7 @@ class VllmReplica:
 
     def _weights(self) -> dict[str, str]:
         """What a request says of the weights that it wants; keys of others are never found in the prefix cache."""
-        label = self._label(self.version)
+        label = self.label(self.version)
         return {"cache_salt": label, "model": label} if self._adapted else {"cache_salt": label}
 
     def _take(self, chunk: dict[str, Any], work: Sampling, asked: _Asked) -> None:
@@ -217,7 +217,7 @@ class VllmReplica:
             return ReplicaLostError(f"{self.name} failed with status {status}: {said}")
         return EngineError(f"{self.name} refuses a request with status {status}: {said}")
 
-    def _label(self, version: int) -> str:
+    def label(self, version: int) -> str:
         return f"{self._run}:{version}"
 
     def _number(self, label: str) -> int:
@@ -280,24 +280,33 @@ class VllmReplica:
     async def stage(self, published: PublishedTensors, names: Mapping[str, str]) -> None:
         """Has the server map the tensors `names` and compare their checksums, while it samples."""
         if names:
-            try:
-                await self._post("/start_weight_update")
-            except ReplicaLostError:
-                raise
-            except EngineError:  # an update that was staged and never loaded is still open
-                await self._post("/update_weights", {"update_info": {"step": "discard"}})
-                await self._post("/finish_weight_update")
-                await self._post("/start_weight_update")
+            await self.open_update({"step": "discard"})
             info = {"step": "stage", "path": str(published.path), "tensors": dict(names)}
             await self._post("/update_weights", {"update_info": info})
             await self._post("/update_weights", {"update_info": {"step": "verify"}})
 
+    async def open_update(self, discard: Mapping[str, Any] | None = None) -> None:
+        """Begins an update; one that was begun and never ended is closed before, behind `discard`."""
+        try:
+            await self._post("/start_weight_update")
+        except ReplicaLostError:
+            raise
+        except EngineError:
+            if discard is not None:
+                await self._post("/update_weights", {"update_info": dict(discard)})
+            await self._post("/finish_weight_update")
+            await self._post("/start_weight_update")
+
     async def load(self, version: int, names: Mapping[str, str]) -> None:
         """Serves what was staged, as `version`; only while paused. A failure leaves weights that nobody knows."""
         if names:
-            await self._post("/finish_weight_update", {"weight_version": self._label(version)})
+            await self._post("/finish_weight_update", {"weight_version": self.label(version)})
         else:
-            await self._post("/update_weight_version", {"new_version": self._label(version)})
+            await self._post("/update_weight_version", {"new_version": self.label(version)})
+        self.loaded(version)
+
+    def loaded(self, version: int) -> None:
+        """The server has the weights of `version` by now, and calls them so."""
         self.version, self._adapted = version, False
 
     async def stage_adapter(self, version: int, folder: Path) -> None:
@@ -306,7 +315,7 @@ class VllmReplica:
         Each version is a name of its own. With `load_inplace` the server (0.32) would read the adapter again from its
         folder at every step of every request that names it.
         """
-        await self._post("/v1/load_lora_adapter", {"lora_name": self._label(version), "lora_path": str(folder)})
+        await self._post("/v1/load_lora_adapter", {"lora_name": self.label(version), "lora_path": str(folder)})
 
     def name_adapter(self, version: int) -> None:
         """Serves the adapter that was staged, as `version`: requests name it from now on."""
@@ -314,15 +323,15 @@ class VllmReplica:
 
     async def tell_version(self) -> None:
         """Has the server call what it serves as requests do."""
-        await self._post("/update_weight_version", {"new_version": self._label(self.version)})
+        await self._post("/update_weight_version", {"new_version": self.label(self.version)})
 
     async def forget_adapter(self, version: int) -> None:
         """No request will name `version` any more."""
-        await self._post("/v1/unload_lora_adapter", {"lora_name": self._label(version)})
+        await self._post("/v1/unload_lora_adapter", {"lora_name": self.label(version)})
 
     async def begin(self, version: int) -> None:
         """Calls the weights that a server was started with `version`."""
-        await self._post("/update_weight_version", {"new_version": self._label(version)})
+        await self._post("/update_weight_version", {"new_version": self.label(version)})
         await self._post("/reset_prefix_cache")
         self.version, self._adapted = version, False
 
@@ -354,14 +363,14 @@ class VllmReplica:
         except ReplicaLostError:
             raise
         except EngineError as error:
-            found = re.search(r"""another model: ([^"'\\\n]+)""", str(error))
-            if found is not None:
-                said = f"serves another model: {found[1]}; start it with this run's model"
-            elif "unexpected keyword" in str(error):
-                said = "has the plug-in of another version of this distribution; install this one beside its vLLM"
-            else:
-                raise
-            raise InputError(f"{self.name} {said}") from error
+            raise understood(self.name, error) from error
+
+    async def control(self, route: str, body: Mapping[str, Any] | None) -> None:
+        """What a sender of weights asks of the server (vllm_carrier.py). Raises ReplicaLostError, EngineError."""
+        if route == "/start_weight_update":
+            await self.open_update()
+        else:
+            await self._post(route, body)
 
     async def close(self) -> None:
         with contextlib.suppress(httpx.TransportError, RuntimeError):

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from agentgym.engine.protocol import PauseMode, Probe
+from agentgym.engine.vllm_carrier import Carrier, Sender, SenderOptions
 from agentgym.engine.vllm_replica import VllmReplica
 from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions, until_answering
 from agentgym.engine.vllm_weights import PublishedTensors
@@ -56,6 +57,7 @@ class Served(Protocol):
     max_context: int
     max_lora_rank: int | None
     shape: Mapping[str, Any]  # of the model: what its config.json says
+    senders: SenderOptions | None  # None: servers map published files themselves
     going: asyncio.Event  # set while the engine is not paused
 
     def check_folder(self) -> None:
@@ -104,13 +106,17 @@ class _Staged:
 class Seat:
     """`options` start a server here; without them `url` is a server that runs already."""
 
-    def __init__(self, engine: Served, name: str, options: VllmServerOptions | None, url: str | None) -> None:
+    def __init__(
+        self, engine: Served, name: str, options: VllmServerOptions | None, url: str | None, index: int = 0
+    ) -> None:
         self.name = name
+        self._index = index
         self.state: SeatState = "starting"
         self.error = ""
         self.running = 0  # requests; the engine counts them
         self.replica: VllmReplica | None = None
         self.server: VllmServer | None = None
+        self._sender: Sender | None = None
         self._engine = engine
         self._options = options
         self._url = url
@@ -139,11 +145,14 @@ class Seat:
         replica = await self._server()
         engine.check_folder()  # a server that was started here has read it meanwhile
         facts = await replica.facts()
+        senders = engine.senders
         facts.check(
-            self.name, backend=BACKEND, dtype=engine.dtype, max_context=engine.max_context,
-            max_lora_rank=engine.max_lora_rank,
+            self.name, backend=senders.backend if senders else BACKEND, dtype=engine.dtype,
+            max_context=engine.max_context, max_lora_rank=engine.max_lora_rank,
         )  # fmt: skip
-        await replica.introduce(engine.shape)
+        if senders is not None:
+            self._sender = await Sender.start(senders, self._index, replica, facts.num_workers)
+        await self._carrier(replica).introduce(engine.shape)
         self._has_lora = facts.has_lora
         current = -1
         if self._options is not None:  # it has loaded the model's folder itself
@@ -174,6 +183,9 @@ class Seat:
         await until_answering(self.server, replica.answers, self._options.start_s, _PROBE_S)
         return replica
 
+    def _carrier(self, replica: VllmReplica) -> Carrier:
+        return self._sender or replica
+
     async def _bring(self, replica: VllmReplica, version: int, path: Path | None, model: str) -> None:
         """Loads what the engine serves into a server that serves nobody yet."""
         folder, base = self._engine.model_folder, await self._engine.base()
@@ -199,7 +211,7 @@ class Seat:
             await asyncio.wait((self._telling,))
         if published.adapter_config is None:
             names = published.changed(self._loaded)
-            await self.replica.stage(published, names)
+            await self._carrier(self.replica).stage(published, names)
             self._staged = _Staged(published, published, names)
         else:
             self._staged = await self._stage_adapter(self.replica, version, published)
@@ -221,7 +233,7 @@ class Seat:
             self._adapters[version] = folder
         names = base.changed(self._loaded) if base is not None else {}
         if base is not None and names:  # a whole model was published since
-            await replica.stage(base, names)
+            await self._carrier(replica).stage(base, names)
         return _Staged(published, base, names)
 
     async def load(self, version: int, published: PublishedTensors) -> int:
@@ -237,7 +249,7 @@ class Seat:
         loaded = 0
         if staged.model is not None and (staged.names or published.adapter_config is None):
             self._loaded = None
-            await self.replica.load(version, staged.names)
+            await self._carrier(self.replica).load(version, staged.names)
             self._loaded = staged.model.checksums
             loaded = sum(staged.model.sizes[name] for name in staged.names)
         if published.adapter_config is not None:
@@ -345,8 +357,11 @@ class Seat:
 
     async def _empty(self) -> None:
         replica, self.replica = self.replica, None
+        sender, self._sender = self._sender, None
         self._adapters.clear()
         try:
+            if sender is not None:  # before the server, whose end it might wait for in a collective
+                await sender.close()
             if self.server is not None:
                 await self.server.close()
                 self.server = None  # behind that: where this is cancelled, whoever cancels closes it

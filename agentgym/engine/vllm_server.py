@@ -26,7 +26,7 @@ from agentgym.engine import vllm_keeper
 from agentgym.engine.owned_folder import OwnedFolder, remove_orphans
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
-BACKEND = "agentgym_file"  # what vllm_plugin.py registers
+BACKEND = "agentgym_file"  # the first of those that vllm_plugin.py registers
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
 _LORA_SLOTS = 2  # the adapter that is served and the one that will be
 _PREFIX = "agentgym-vllm-"
@@ -41,8 +41,9 @@ _log = logging.getLogger(__name__)
 class VllmServerOptions:
     """How to start a server.
 
-    `kv_cache_gb` is memory on a CPU; a GPU server takes its share of the card as vLLM's own default says, or as
-    `extra_args` say. `extra_args` go to the command line behind ours. With `max_lora_rank`, adapters up to it can be
+    `devices` are the GPUs that it shall see, as CUDA_VISIBLE_DEVICES says; with none it sees all. `backend` takes its
+    weights. `kv_cache_gb` is memory on a CPU; a GPU server takes its share of the card as vLLM's own default says, or
+    as `extra_args` say. `extra_args` go to the command line behind ours. With `max_lora_rank`, adapters up to it can be
     published; without, whole models only.
     """
 
@@ -55,6 +56,8 @@ class VllmServerOptions:
     start_s: float = 600.0
     max_lora_rank: int | None = None
     build: Literal["cpu", "gpu"] = "cpu"  # of vLLM in that environment; VllmEngine.start looks
+    devices: str = ""
+    backend: str = BACKEND
     extra_args: tuple[str, ...] = ()
 
 
@@ -196,7 +199,7 @@ def _command(model_folder: Path, options: VllmServerOptions, socket: Path) -> li
         "--no-async-scheduling",
         "--skip-tokenizer-init",  # token ids only
         "--generation-config", "vllm",  # no sampling defaults from the model's folder
-        "--weight-transfer-config", json.dumps({"backend": BACKEND}),
+        "--weight-transfer-config", json.dumps({"backend": options.backend}),
         "--disable-uvicorn-access-log",  # a line for each request would fill the disk of a long run
         *whole_prompts,
         *_lora_arguments(options.max_lora_rank),
@@ -218,8 +221,12 @@ def _environment(options: VllmServerOptions, folder: Path) -> dict[str, str]:
     sockets: dict[str, str] = {}
     if len(os.fsencode(folder)) + _LONGEST_NAME <= _LONGEST_SOCKET:
         sockets["VLLM_RPC_BASE_PATH"] = str(folder)  # a server that is killed leaves its sockets where we clean up
+    devices = {"CUDA_VISIBLE_DEVICES": options.devices} if options.devices else {}
     return {
         **sockets,
+        **devices,
+        # handles of CUDA IPC come pickled, from this service, on a socket that is this user's
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int(options.backend == "agentgym_ipc")),
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(options.max_lora_rank is not None)),
         "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),

@@ -33,16 +33,21 @@ async def start_engine(config: ServiceConfig, model_folder: Path) -> Engine:
 
 
 async def _vllm(section: EngineSection, model_folder: Path, max_context: int) -> Engine:
+    from agentgym.engine.vllm_carrier import SenderOptions
     from agentgym.engine.vllm_engine import VllmEngine
     from agentgym.engine.vllm_server import VllmServerOptions
 
+    python = section.vllm_python or Path(sys.executable)
+    senders = None
+    if section.weight_transfer != "file":
+        senders = SenderOptions(python.absolute(), section.weight_transfer, section.senders_gpus())
     if section.vllm_urls:
         return await VllmEngine.connect(
             model_folder, section.vllm_urls, max_context=max_context, dtype=section.dtype,
-            max_lora_rank=section.max_lora_rank,
+            max_lora_rank=section.max_lora_rank, senders=senders,
         )  # fmt: skip
     options = VllmServerOptions(
-        python=section.vllm_python or Path(sys.executable),
+        python=python,
         max_context=max_context,
         slots=section.slots,
         threads=section.threads,
@@ -52,4 +57,6 @@ async def _vllm(section: EngineSection, model_folder: Path, max_context: int) ->
         max_lora_rank=section.max_lora_rank,
         extra_args=section.vllm_args,
     )
-    return await VllmEngine.start(model_folder, options, replicas=section.replicas)
+    return await VllmEngine.start(
+        model_folder, options, replicas=section.replicas, devices=section.vllm_devices, senders=senders
+    )

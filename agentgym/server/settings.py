@@ -7,6 +7,7 @@ The trainer's configuration is made of the same sections, so that a person write
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,8 +119,8 @@ class SessionsSection(Section):
     any_temperature: bool = False  # True: training sessions may sample at another temperature than rollout.temperature
 
 
-_OF_STARTED = ("replicas", "vllm_python", "vllm_args", "vllm_kv_cache_gb")
-_OF_VLLM = (*_OF_STARTED, "max_lora_rank", "vllm_urls", "vllm_start_s")
+_OF_STARTED = ("replicas", "vllm_python", "vllm_args", "vllm_kv_cache_gb", "vllm_devices")
+_OF_VLLM = (*_OF_STARTED, "max_lora_rank", "vllm_urls", "vllm_start_s", "weight_transfer", "sender_devices")
 
 
 class EngineSection(Section):
@@ -139,6 +140,9 @@ class EngineSection(Section):
     vllm_args: tuple[str, ...] = ()  # more arguments for each server's command line
     vllm_kv_cache_gb: int = 1  # of a server on a CPU
     vllm_start_s: float = 600.0
+    vllm_devices: tuple[str, ...] = ()  # GPUs of each server that is started here: ["0", "1"], or ["0,1", "2,3"]
+    weight_transfer: Literal["file", "nccl", "ipc"] = "file"  # how a whole model gets into a vLLM server
+    sender_devices: tuple[str, ...] = ()  # with "nccl" and "ipc" the GPU that sends: one, or one a server
 
     @field_validator("slots", "threads", "max_context", "replicas", "max_lora_rank", "vllm_kv_cache_gb")
     @classmethod
@@ -161,13 +165,32 @@ class EngineSection(Section):
             raise ValueError(f"only kind = 'vllm' has {named}; set it, or leave that out")
         if self.kind == "vllm" and self.in_process:
             raise ValueError("in_process is of kind = 'torch': vLLM always runs in processes of its own")
-        if self.vllm_urls and (named := self._given(_OF_STARTED)):
+        here = [name for name in _OF_STARTED if name != "vllm_python" or self.weight_transfer == "file"]
+        if self.vllm_urls and (named := self._given(here)):
             raise ValueError(
                 f"vllm_urls names servers that run, and only one that is started here has {named}; leave that out"
             )
+        return self._one_transfer()
+
+    def _one_transfer(self) -> EngineSection:
+        servers = len(self.vllm_urls) or self.replicas
+        if self.vllm_devices and len(self.vllm_devices) != servers:
+            raise ValueError(f"vllm_devices must name the GPUs of {servers} servers, got {len(self.vllm_devices)}")
+        if self.weight_transfer == "file" and self.sender_devices:
+            raise ValueError('sender_devices is of weight_transfer = "nccl" and "ipc"; leave it out, or choose one')
+        if self.weight_transfer != "file" and len(self.senders_gpus()) not in (1, servers):
+            rule = "that no server uses" if self.weight_transfer == "nccl" else "of the server itself"
+            raise ValueError(
+                f'weight_transfer = "{self.weight_transfer}" needs sender_devices: for each server a GPU {rule}, or '
+                f"one for all {servers}, got {list(self.sender_devices)}"
+            )
         return self
 
-    def _given(self, names: tuple[str, ...]) -> str:
+    def senders_gpus(self) -> tuple[str, ...]:
+        """The GPU of each sender, or that of all; with CUDA IPC those of the servers that are started here."""
+        return self.sender_devices or (self.vllm_devices if self.weight_transfer == "ipc" else ())
+
+    def _given(self, names: Sequence[str]) -> str:
         """Those of them that are not as by default; a run's stored configuration names all."""
         fields = type(self).model_fields
         return ", ".join(name for name in names if getattr(self, name) != fields[name].default)

@@ -21,6 +21,7 @@ from vllm_house import (
     begun,
     hearing,
     prompts,
+    published_among_requests,
     refused_as_others,
     relayed,
     save_small_model,
@@ -155,51 +156,6 @@ def test_a_publication_while_requests_run(house: House, mode: PublishMode) -> No
         raise AssertionError("no publication of five found a request under way")
 
     house.run(main())
-
-
-async def published_among_requests(house: House, mode: PublishMode) -> tuple[int, int]:
-    """Publishes among episodes, and checks every token. Returns how many completions have two versions, and how many
-    tokens of the new one are seen to differ from its clean forward, because of the old one's keys."""
-    before = house.engine.policy_version
-    update = house.update()
-    work = prompts(10)
-    lengths = [120 + 13 * index for index in range(len(work))]  # they do not end, and begin again, in step
-    ended = asyncio.Event()
-    first: list[list[int]] = [[] for _ in work]  # what was heard of each episode's first completion
-
-    async def episode(index: int) -> list[tuple[Completion, list[int]]]:
-        """Completions one after another, so that there is something to interrupt whenever it comes to it."""
-        done: list[tuple[Completion, list[int]]] = []
-        while not ended.is_set():
-            stream = [] if done else first[index]
-            params = SamplingParams(lengths[index], seed=index + 100 * len(done), session=str(index))
-            done.append((await house.policy.complete(work[index], params, hearing(stream)), stream))
-        return done
-
-    running = [asyncio.ensure_future(episode(index)) for index in range(len(work))]
-    await begun(first, 12)
-    report = await house.policy.publish(update, mode)
-    ended.set()
-    late = await house.policy.complete(work[0], SamplingParams(20, seed=0))
-    assert (report.version, report.mode) == (update.version, mode)
-    assert [status.policy_version for status in house.engine.replicas()] == [update.version] * 2
-    assert late.kv_versions == late.policy_versions == (update.version,) * 20
-    house.assert_exact(work[0], late)
-    split = mixed = 0
-    for prompt, length, done in zip(work, lengths, await asyncio.gather(*running), strict=True):
-        for completion, stream in done:
-            assert stream == list(completion.token_ids)
-            assert len(stream) == length
-            house.assert_exact(prompt, completion)
-            versions, keys = np.array(completion.policy_versions), np.array(completion.kv_versions)
-            stale = keys < versions
-            assert mode == "keep" or not stale.any()
-            split += len(set(completion.policy_versions)) == 2
-            assert (house.off(before, prompt, completion)[versions == before] < TOLERANCE).all()
-            if stale.sum() >= 8:  # the new version on the old one's keys: the forward of neither, but for one by chance
-                assert house.off(before, prompt, completion)[stale].max() > 0.01
-                mixed += int((house.off(update.version, prompt, completion)[stale] > 0.001).sum())
-    return split, mixed
 
 
 def test_a_prefix_that_is_cached_is_met_again_but_never_under_other_weights(house: House) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,15 +24,22 @@ from agentgym.engine.vllm_seat import Seat
 from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
+IN_VLLMS_ENVIRONMENT = (
+    "vllm_plugin", "vllm_beside", "vllm_checked", "vllm_received", "vllm_reload", "vllm_sender",
+)  # fmt: skip
+
 
 def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> None:
-    parts = [(Path(vllm_keeper.__file__).parent / f"{name}.py").read_text() for name in ("vllm_plugin", "vllm_beside")]
-    assert f'BACKEND = "{BACKEND}"' in parts[0]
-    lines = [line for part in parts for line in part.splitlines() if line.startswith(("import ", "from "))]
-    ours = [line for line in lines if "agentgym" in line]
-    assert ours == ["from agentgym.engine.vllm_beside import Beside"]  # installed there without its dependencies
-    imported = {line.split()[1].split(".")[0] for line in lines if line not in ours}
-    assert imported - set(sys.stdlib_module_names) == {"torch", "safetensors", "vllm"}
+    room = Path(vllm_keeper.__file__).parent
+    there = {f"agentgym.engine.{name}": (room / f"{name}.py").read_text() for name in IN_VLLMS_ENVIRONMENT}
+    assert f'BACKEND = "{BACKEND}"' in there["agentgym.engine.vllm_plugin"]
+    lines = [line for part in there.values() for line in part.splitlines() if re.match("(import|from) ", line.strip())]
+    imported = {line.split()[1] for line in lines}
+    ours = {name for name in imported if name.startswith("agentgym")}
+    assert ours < there.keys()  # this distribution is installed there without its dependencies
+    assert {name.split(".")[0] for name in imported - ours} - set(sys.stdlib_module_names) == {
+        "torch", "safetensors", "vllm",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,18 @@ def test_a_server_that_lacks_what_correctness_needs_is_refused(
 def check(config: dict[str, Any], *, takes_adapters: bool = False, max_lora_rank: int | None = None) -> None:
     facts = ServerFacts.of(config, takes_adapters=takes_adapters)
     facts.check("s", backend=BACKEND, dtype="float32", max_context=128, max_lora_rank=max_lora_rank)
+
+
+def test_cuda_ipc_needs_servers_of_one_gpu() -> None:
+    two = {**FACTS, "weight_transfer_config": {"backend": "agentgym_ipc"}, "parallel_config": {"world_size": 2}}
+    with pytest.raises(InputError, match=r"s is spread over 2 GPUs, and CUDA IPC .* use engine.weight_transfer 'nccl'"):
+        ServerFacts.of(two, takes_adapters=False).check("s", backend="agentgym_ipc", dtype="float32", max_context=64)
+    nccl = {**two, "weight_transfer_config": {"backend": "agentgym_nccl"}}
+    facts = ServerFacts.of(
+        {**nccl, "parallel_config": {"world_size": 2, "data_parallel_size": 3}}, takes_adapters=False
+    )
+    facts.check("s", backend="agentgym_nccl", dtype="float32", max_context=64)
+    assert facts.num_workers == 6
 
 
 def test_a_server_on_a_gpu_may_split_prompts() -> None:

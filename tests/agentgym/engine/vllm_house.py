@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from agentgym import weight_file
-from agentgym.engine.gate import VersionedPolicy
+from agentgym.engine.gate import PublishMode, VersionedPolicy
 from agentgym.engine.protocol import Probe, WeightUpdate
+from agentgym.engine.vllm_carrier import SenderOptions
 from agentgym.engine.vllm_engine import VllmEngine
 from agentgym.engine.vllm_server import VllmServerOptions
 from agentgym.errors import InputError
-from agentgym.policy import Completion
+from agentgym.policy import Completion, SamplingParams
 
 VOCAB = 61
 CONTEXT = 256
@@ -67,10 +68,19 @@ class House:
 
     @classmethod
     @contextmanager
-    def opened(cls, folder: Path, options: VllmServerOptions, tmp: Path, replicas: int) -> Iterator[House]:
+    def opened(
+        cls,
+        folder: Path,
+        options: VllmServerOptions,
+        tmp: Path,
+        replicas: int,
+        senders: SenderOptions | None = None,
+        devices: Sequence[str] = (),
+    ) -> Iterator[House]:
         torch.set_num_threads(1)
         with asyncio.Runner() as runner:
-            engine = runner.run(VllmEngine.start(folder, options, replicas=replicas))
+            starting = VllmEngine.start(folder, options, replicas=replicas, senders=senders, devices=devices)
+            engine = runner.run(starting)
             try:
                 yield cls(runner, engine, folder, tmp)
             finally:
@@ -216,6 +226,51 @@ async def begun(streams: Sequence[list[int]], tokens: int) -> None:
 
 def hearing(stream: list[int]) -> Callable[..., None]:
     return lambda ids, *_: stream.extend(ids)
+
+
+async def published_among_requests(house: House, mode: PublishMode) -> tuple[int, int]:
+    """Publishes among episodes, and checks every token. Returns how many completions have two versions, and how many
+    tokens of the new one are seen to differ from its clean forward, because of the old one's keys."""
+    before = house.engine.policy_version
+    update = house.update()
+    work = prompts(10)
+    lengths = [120 + 13 * index for index in range(len(work))]  # they do not end, and begin again, in step
+    ended = asyncio.Event()
+    first: list[list[int]] = [[] for _ in work]  # what was heard of each episode's first completion
+
+    async def episode(index: int) -> list[tuple[Completion, list[int]]]:
+        """Completions one after another, so that there is something to interrupt whenever it comes to it."""
+        done: list[tuple[Completion, list[int]]] = []
+        while not ended.is_set():
+            stream = [] if done else first[index]
+            params = SamplingParams(lengths[index], seed=index + 100 * len(done), session=str(index))
+            done.append((await house.policy.complete(work[index], params, hearing(stream)), stream))
+        return done
+
+    running = [asyncio.ensure_future(episode(index)) for index in range(len(work))]
+    await begun(first, 12)
+    report = await house.policy.publish(update, mode)
+    ended.set()
+    late = await house.policy.complete(work[0], SamplingParams(20, seed=0))
+    assert (report.version, report.mode) == (update.version, mode)
+    assert [status.policy_version for status in house.engine.replicas()] == [update.version] * len(house.engine.seats)
+    assert late.kv_versions == late.policy_versions == (update.version,) * 20
+    house.assert_exact(work[0], late)
+    split = mixed = 0
+    for prompt, length, done in zip(work, lengths, await asyncio.gather(*running), strict=True):
+        for completion, stream in done:
+            assert stream == list(completion.token_ids)
+            assert len(stream) == length
+            house.assert_exact(prompt, completion)
+            versions, keys = np.array(completion.policy_versions), np.array(completion.kv_versions)
+            stale = keys < versions
+            assert mode == "keep" or not stale.any()
+            split += len(set(completion.policy_versions)) == 2
+            assert (house.off(before, prompt, completion)[versions == before] < TOLERANCE).all()
+            if stale.sum() >= 8:  # the new version on the old one's keys: the forward of neither, but for one by chance
+                assert house.off(before, prompt, completion)[stale].max() > 0.01
+                mixed += int((house.off(update.version, prompt, completion)[stale] > 0.001).sum())
+    return split, mixed
 
 
 @asynccontextmanager

@@ -43,6 +43,32 @@ def test_the_defaults_are_a_run() -> None:
             {"engine": {"kind": "vllm", "vllm_urls": ["http://a:1"], "vllm_kv_cache_gb": 2}},
             "only one that is started here has vllm_kv_cache_gb",
         ),
+        (
+            {"engine": {"kind": "vllm", "vllm_urls": ["http://a:1"], "vllm_devices": ["0"]}},
+            "only one that is started here has vllm_devices",
+        ),
+        (
+            {"engine": {"kind": "vllm", "vllm_urls": ["http://a:1"], "vllm_python": "python"}},
+            "only one that is started here has vllm_python",
+        ),
+        (
+            {"engine": {"kind": "vllm", "replicas": 2, "vllm_devices": ["0"]}},
+            "vllm_devices must name the GPUs of 2 servers, got 1",
+        ),
+        ({"engine": {"weight_transfer": "nccl"}}, "only kind = 'vllm' has weight_transfer"),
+        ({"engine": {"kind": "vllm", "weight_transfer": "rdma"}}, "engine.weight_transfer"),
+        (
+            {"engine": {"kind": "vllm", "sender_devices": ["0"]}},
+            'sender_devices is of weight_transfer = "nccl" and "ipc"',
+        ),
+        (
+            {"engine": {"kind": "vllm", "weight_transfer": "nccl", "vllm_devices": ["0"]}},
+            r"needs sender_devices: for each server a GPU that no server uses, or one for all 1, got \[\]",
+        ),
+        (
+            {"engine": {"kind": "vllm", "weight_transfer": "ipc", "replicas": 3, "sender_devices": ["0", "1"]}},
+            "needs sender_devices: for each server a GPU of the server itself, or one for all 3",
+        ),
         ({"server": {"port": 70000}}, "server.port: must be 0 to 65535, got 70000"),
         ({"server": {"max_requests": 0}}, "server.max_requests"),
         ({"server": {"max_body_s": 0.0}}, "server.max_body_s"),
@@ -59,6 +85,15 @@ def test_the_defaults_are_a_run() -> None:
 def test_what_cannot_run_is_refused_with_its_path(sections: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         config_of(**sections)
+
+
+def test_which_gpus_send_weights() -> None:
+    here = {"kind": "vllm", "replicas": 2, "vllm_devices": ["0", "1"]}
+    assert config_of(engine={**here, "weight_transfer": "ipc"}).engine.senders_gpus() == ("0", "1")
+    apart = {**here, "weight_transfer": "nccl", "sender_devices": ["2"]}
+    assert config_of(engine=apart).engine.senders_gpus() == ("2",)
+    elsewhere = {"kind": "vllm", "vllm_urls": ["http://a:1"], "vllm_python": "python", "weight_transfer": "nccl"}
+    assert config_of(engine={**elsewhere, "sender_devices": ["0"]}).engine.senders_gpus() == ("0",)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.1.2.3"])
