@@ -4,9 +4,9 @@
 only those are loaded; "adapter" is LoRA of rank 16 on all linear layers, on a server that takes adapters. `bytes`: what
 the server loaded; `before_ms`: the file read and compared, an adapter loaded, while the server samples (in mode "wait"
 with the draining of requests); `pause_ms`: no request went in for so long; for a model that includes the end of the
-engine's step under way (about 50 ms here) and 20 ms that vLLM itself waits in a pause. An adapter's swap waits for
-neither: what a server computes at that moment (250 ms with adapters here) is for nobody, and requests that go in queue
-behind it. `total_ms`, both: what the trainer waits for. `gb_per_s`: bytes over the pause; beside it a plain copy of as
+engine's step under way (about 50 ms here) and, but for "abort", 20 ms that vLLM itself waits in a pause. An adapter's
+swap waits for neither: what a server computes at that moment (250 ms with adapters here) is for nobody, and requests
+that go in queue behind it. `total_ms`, both: what the trainer waits for. `gb_per_s`: bytes over the pause; beside it a plain copy of as
 many bytes. Medians of three. fp32, one thread.
 """
 

@@ -122,7 +122,7 @@ class VllmReplica:
         self.name = name
         self.url = url
         self.version = 0
-        self._adapted = False  # whether the version is an adapter, which its requests name
+        self.adapted = False  # whether the version is an adapter, which its requests name
         self._run = run
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         transport = httpx.AsyncHTTPTransport(uds=socket, limits=limits) if socket else None
@@ -139,7 +139,7 @@ class VllmReplica:
 
         Raises ReplicaLostError or ReplicaPausedError, and what has come until then is in `work`; EngineError.
         """
-        asked = _Asked(len(work.token_ids), self.version, self._adapted, self.version)
+        asked = _Asked(len(work.token_ids), self.version, self.adapted, self.version)
         try:
             async with self._streams.post("/inference/v1/generate", self._request(work)) as answer:
                 if answer.status != 200:
@@ -176,7 +176,7 @@ class VllmReplica:
     def _weights(self) -> dict[str, str]:
         """What a request says of the weights that it wants; keys of others are never found in the prefix cache."""
         label = self.label(self.version)
-        return {"cache_salt": label, "model": label} if self._adapted else {"cache_salt": label}
+        return {"cache_salt": label, "model": label} if self.adapted else {"cache_salt": label}
 
     def _take(self, chunk: dict[str, Any], work: Sampling, asked: _Asked) -> None:
         if "error" in chunk:
@@ -307,7 +307,7 @@ class VllmReplica:
 
     def loaded(self, version: int) -> None:
         """The server has the weights of `version` by now, and calls them so."""
-        self.version, self._adapted = version, False
+        self.version, self.adapted = version, False
 
     async def stage_adapter(self, version: int, folder: Path) -> None:
         """Has the server load the adapter in `folder`, while it samples under others: requests name theirs.
@@ -319,7 +319,7 @@ class VllmReplica:
 
     def name_adapter(self, version: int) -> None:
         """Serves the adapter that was staged, as `version`: requests name it from now on."""
-        self.version, self._adapted = version, True
+        self.version, self.adapted = version, True
 
     async def tell_version(self) -> None:
         """Has the server call what it serves as requests do."""
@@ -333,7 +333,7 @@ class VllmReplica:
         """Calls the weights that a server was started with `version`."""
         await self._post("/update_weight_version", {"new_version": self.label(version)})
         await self._post("/reset_prefix_cache")
-        self.version, self._adapted = version, False
+        self.version, self.adapted = version, False
 
     # ------------------------------------------------------------------------------------------------- the server
 

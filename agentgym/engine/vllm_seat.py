@@ -126,6 +126,7 @@ class Seat:
         self._adapters: dict[int, Path] = {}  # by version: those that it has loaded
         self._staged: _Staged | None = None
         self._halted = False  # the server stands still, too, in the pause under way
+        self._interrupted = False  # it does not, and has no request of ours any more
         self._telling: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -139,7 +140,7 @@ class Seat:
 
     async def fill(self) -> None:
         """Gets a server that has the engine's version, and serves. Raises InputError, EngineError, EngineDiedError."""
-        self.state, self._halted = "starting", False
+        self.state, self._halted, self._interrupted = "starting", False, False
         engine = self._engine
         engine.check_folder()
         replica = await self._server()
@@ -243,8 +244,8 @@ class Seat:
             await self.stage(version, published)
         assert self._staged is not None
         staged, self._staged = self._staged, None
-        if not (self._halted or staged.is_named):  # the pause was for an adapter that was staged, and this is another
-            await self.replica.pause("abort")
+        if not (self._halted or staged.is_named or (self._interrupted and self._swaps_at_once)):
+            await self.replica.pause("abort")  # the pause was for an adapter that was staged, and this is another
             self._halted = True
         loaded = 0
         if staged.model is not None and (staged.names or published.adapter_config is None):
@@ -280,21 +281,30 @@ class Seat:
 
     async def pause(self, mode: PauseMode) -> None:
         """For a new adapter no server need stand still, nor anyone wait for the end of its step: a request that is kept
-        goes on under the adapter that it named. A server that stands still, from an earlier pause, does until the end
-        of this one."""
+        goes on under the adapter that it named. For a model it need not either, where its requests are ours, all of
+        them interrupted, and its weights change in one call. A server that stands still, from an earlier pause, does
+        until the end of this one."""
         assert self.replica is not None
-        if self._staged is None or not self._staged.is_named:
+        staged = self._staged
+        if staged is None or not (staged.is_named or (mode == "abort" and self._swaps_at_once)):
             await self.replica.pause(mode)
             self._halted = True
         elif mode == "abort":
             await self.replica.interrupt()
+            self._interrupted = True
+
+    @property
+    def _swaps_at_once(self) -> bool:
+        """Whether nobody else has requests on the server, and no step of it can come amid a load."""
+        return self._options is not None and self._sender is None
 
     async def resume(self) -> None:
         assert self.replica is not None
+        self._interrupted = False
         if self._halted:
             await self.replica.resume()
             self._halted = False
-        else:  # between two steps, for which nobody need wait
+        elif self.replica.adapted:  # between two steps, for which nobody need wait
             self._telling = self._spawn(self._tell_version(self.replica))
 
     async def _tell_version(self, replica: VllmReplica) -> None:

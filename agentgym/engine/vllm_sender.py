@@ -164,6 +164,9 @@ class Sender:
         if order["do"] == "stage":
             self._staged.tensors = mapped(order["path"], order["checksums"])
             self._client.checksums = order["checksums"]
+            if self._engine.init_info_cls.backend == "ipc":  # one tensor is one part; who receives it need not know
+                largest = max(tensor.nbytes for tensor in self._staged.tensors.values())
+                self._engine.packed_buffer_size_bytes = max(_BUFFER_BYTES, largest)
         else:
             self._client.label = order["label"]
             self._engine.send_weights()

@@ -173,13 +173,45 @@ def test_a_prefix_that_is_cached_is_met_again_but_never_under_other_weights(hous
         again, cached = await asked()
         assert cached >= 64
         assert again.token_ids == first.token_ids
+        for mode in ("keep", "abort"):  # neither empties the cache; keys are found by their version
+            update = house.update()
+            await house.policy.publish(update, mode)
+            fresh, cached = await asked()
+            assert cached == 0
+            assert fresh.policy_versions == (update.version,) * 20
+            assert house.off(update.version - 1, prompt, fresh).max() > 0.01
+            house.assert_exact(prompt, fresh)
+
+    house.run(main())
+
+
+def test_a_server_of_ours_need_not_stand_still_to_be_interrupted(house: House) -> None:
+    async def main() -> None:
+        streams: list[list[int]] = [[] for _ in range(6)]
+        running = [
+            asyncio.ensure_future(house.engine.sample([index], SamplingParams(200), hearing(stream)))
+            for index, stream in enumerate(streams)
+        ]
+        await begun(streams, 3)
         update = house.update()
-        await house.policy.publish(update, "keep")
-        fresh, cached = await asked()
-        assert cached == 0
-        assert fresh.policy_versions == (update.version,) * 20
-        assert house.off(update.version - 1, prompt, fresh).max() > 0.01
-        house.assert_exact(prompt, fresh)
+        await house.engine.prepare(update)
+        await house.engine.pause("abort")
+        cut = [segments[-1] for segments in await asyncio.gather(*running)]
+        for seat in house.engine.seats:
+            assert seat.replica is not None
+            assert (await seat.replica._get("/is_paused"))["is_paused"] is False
+        await house.engine.load(update)
+        await house.engine.resume()
+        assert {segment.policy_version for segment in cut} == {update.version - 1}
+        assert {segment.finish_reason for segment in cut} == {"abort"}
+        for index, (stream, segment) in enumerate(zip(streams, cut, strict=True)):
+            assert stream == list(segment.token_ids)
+            off = house.off(update.version - 1, [index], Completion.from_segments([segment]))
+            assert off.max() < TOLERANCE
+        house.policy = VersionedPolicy(house.engine)  # the gate before was not told
+        fresh = await house.policy.complete([3, 1, 4], SamplingParams(30, seed=1))
+        assert fresh.policy_versions == fresh.kv_versions == (update.version,) * 30
+        house.assert_exact([3, 1, 4], fresh)
 
     house.run(main())
 
