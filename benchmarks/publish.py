@@ -6,8 +6,8 @@ the server loaded; `before_ms`: the file read and compared, an adapter loaded, w
 with the draining of requests); `pause_ms`: no request went in for so long; for a model that includes the end of the
 engine's step under way (about 50 ms here) and, but for "abort", 20 ms that vLLM itself waits in a pause. An adapter's
 swap waits for neither: what a server computes at that moment (250 ms with adapters here) is for nobody, and requests
-that go in queue behind it. `total_ms`, both: what the trainer waits for. `gb_per_s`: bytes over the pause; beside it a plain copy of as
-many bytes. Medians of three. fp32, one thread.
+that go in queue behind it. `total_ms`, both: what the trainer waits for. `gb_per_s`: bytes over the pause; beside it a
+plain copy of as many bytes. Medians of three. fp32, one thread.
 """
 
 from __future__ import annotations
