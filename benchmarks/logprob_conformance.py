@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.process import ProcessEngine
 from agentgym.engine.protocol import Engine
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions
 from agentgym.policy import Completion, SamplingParams
 from benchmarks.publish import small_model, vllm_python
 

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from agentgym import weight_file
 from agentgym.engine.gate import PublishMode, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions
 from agentgym.policy import SamplingParams
 from benchmarks.machine import ROOT
 

@@ -33,9 +33,9 @@ async def start_engine(config: ServiceConfig, model_folder: Path) -> Engine:
 
 
 async def _vllm(section: EngineSection, model_folder: Path, max_context: int) -> Engine:
-    from agentgym.engine.vllm_carrier import SenderOptions
-    from agentgym.engine.vllm_engine import VllmEngine
-    from agentgym.engine.vllm_server import VllmServerOptions
+    from agentgym.engine.vllm.carrier import SenderOptions
+    from agentgym.engine.vllm.engine import VllmEngine
+    from agentgym.engine.vllm.server import VllmServerOptions
 
     python = section.vllm_python or Path(sys.executable)
     senders = None

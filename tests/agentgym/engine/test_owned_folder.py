@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from agentgym.engine.owned_folder import OwnedFolder, remove_orphans
-from agentgym.engine.vllm_adapters import AdapterShelf
-from agentgym.engine.vllm_engine import VllmEngine
+from agentgym.engine.vllm.adapters import AdapterShelf
+from agentgym.engine.vllm.engine import VllmEngine
 from agentgym.errors import EngineDiedError
 
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from agentgym.engine.vllm_adapters import AdapterShelf
-from agentgym.engine.vllm_server import VllmServer, VllmServerOptions
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.adapters import AdapterShelf
+from agentgym.engine.vllm.server import VllmServer, VllmServerOptions
+from agentgym.engine.vllm.weights import PublishedTensors
 
 async def main(python, near, adapter):
     server = await VllmServer.start(near, VllmServerOptions(python, 64))

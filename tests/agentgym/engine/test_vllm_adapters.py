@@ -13,10 +13,10 @@ from vllm_house import CONTEXT, TOLERANCE, House, begun, hearing, prompts, save_
 
 from agentgym.engine.gate import PublishMode
 from agentgym.engine.protocol import WeightUpdate
-from agentgym.engine.vllm_adapters import AdapterShelf
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions, _lora_arguments
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.adapters import AdapterShelf
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions, _lora_arguments
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineError, InputError
 from agentgym.policy import Completion, SamplingParams
 from agentgym.weight_file import save_file

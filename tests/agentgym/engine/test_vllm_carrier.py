@@ -25,9 +25,9 @@ from vllm_house import (
     save_small_model,
 )
 
-from agentgym.engine.vllm_carrier import PREFIX, SenderOptions, check_senders, host_towards
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.engine.vllm.carrier import PREFIX, SenderOptions, check_senders, host_towards
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions
 from agentgym.errors import EngineError, InputError, UnavailableError
 from agentgym.policy import SamplingParams
 
@@ -103,7 +103,9 @@ def test_what_did_not_change_is_not_carried(house: House) -> None:
 
 def senders_of() -> list[psutil.Process]:
     """Oldest first."""
-    return [one for one in psutil.Process().children() if "agentgym.engine.vllm_sender" in " ".join(one.cmdline())]
+    return [
+        one for one in psutil.Process().children() if "agentgym.engine.vllm.inside.sender" in " ".join(one.cmdline())
+    ]
 
 
 @on_vllm

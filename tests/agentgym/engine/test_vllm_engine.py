@@ -30,9 +30,9 @@ from vllm_house import (
 from agentgym.engine.gate import PublishMode, VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
 from agentgym.engine.torch_engine import TorchEngine
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineError, InputError, PromptTooLongError, VersionError
 from agentgym.policy import Completion, SamplingParams
 

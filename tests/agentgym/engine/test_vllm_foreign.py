@@ -10,8 +10,8 @@ import psutil
 import pytest
 from vllm_house import CONTEXT, House, relayed, save_small_model
 
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions
 from agentgym.errors import EngineError, InputError
 from agentgym.policy import SamplingParams
 

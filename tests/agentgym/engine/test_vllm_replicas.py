@@ -16,9 +16,9 @@ from vllm_pretender import HANGS_UP, Pretender, house
 
 from agentgym.engine.gate import VersionedPolicy
 from agentgym.engine.protocol import WeightUpdate
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_seat import Seat
-from agentgym.engine.vllm_server import VllmServer, VllmServerOptions
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.seat import Seat
+from agentgym.engine.vllm.server import VllmServer, VllmServerOptions
 from agentgym.errors import EngineDiedError, EngineError, InputError
 from agentgym.policy import SamplingParams
 
@@ -110,7 +110,7 @@ def test_a_comeback_is_logged_under_nobodys_request(model_of) -> None:
             while engine.replicas()[1].restarts < 1:
                 await asyncio.sleep(0.005)
 
-    log, hears = logging.getLogger("agentgym.engine.vllm_seat"), Hears()
+    log, hears = logging.getLogger("agentgym.engine.vllm.seat"), Hears()
     before = log.level
     log.addHandler(hears)
     log.setLevel(logging.INFO)

@@ -17,22 +17,18 @@ from typing import Any
 import pytest
 from vllm_pretender import FACTS
 
-from agentgym.engine import vllm_keeper
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_facts import ServerFacts
-from agentgym.engine.vllm_seat import Seat
-from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions
+from agentgym.engine.vllm import keeper
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.facts import ServerFacts
+from agentgym.engine.vllm.seat import Seat
+from agentgym.engine.vllm.server import BACKEND, VllmServer, VllmServerOptions
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
-
-IN_VLLMS_ENVIRONMENT = (
-    "vllm_plugin", "vllm_beside", "vllm_checked", "vllm_received", "vllm_reload", "vllm_sender",
-)  # fmt: skip
 
 
 def test_the_plug_in_is_registered_under_the_name_that_the_engine_asks_for() -> None:
-    room = Path(vllm_keeper.__file__).parent
-    there = {f"agentgym.engine.{name}": (room / f"{name}.py").read_text() for name in IN_VLLMS_ENVIRONMENT}
-    assert f'BACKEND = "{BACKEND}"' in there["agentgym.engine.vllm_plugin"]
+    room = Path(keeper.__file__).parent / "inside"
+    there = {f"agentgym.engine.vllm.inside.{file.stem}": file.read_text() for file in room.glob("*.py")}
+    assert f'BACKEND = "{BACKEND}"' in there["agentgym.engine.vllm.inside.plugin"]
     lines = [line for part in there.values() for line in part.splitlines() if re.match("(import|from) ", line.strip())]
     imported = {line.split()[1] for line in lines}
     ours = {name for name in imported if name.startswith("agentgym")}
@@ -204,7 +200,7 @@ def _gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("victim", ["owner", "server"])
 def test_kill_9_of_the_owner_or_of_the_server_leaves_nobody_and_no_memory(victim: str) -> None:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, vllm_keeper.__file__, TREE], stdout=subprocess.PIPE)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, keeper.__file__, TREE], stdout=subprocess.PIPE)
     assert owner.stdout is not None
     memory, *numbers = owner.stdout.readline().decode().split()
     pids = [int(number) for number in numbers]

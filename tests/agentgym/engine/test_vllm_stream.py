@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.engine import vllm_stream
-from agentgym.engine.vllm_stream import StreamClient
+from agentgym.engine.vllm import stream as vllm_stream
+from agentgym.engine.vllm.stream import StreamClient
 
 STREAMED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 Speak = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]

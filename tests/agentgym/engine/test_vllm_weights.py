@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from agentgym.engine.vllm_replica import Sampling, derived_seed
-from agentgym.engine.vllm_weights import PublishedTensors, checksum, layer_of
+from agentgym.engine.vllm.replica import Sampling, derived_seed
+from agentgym.engine.vllm.weights import PublishedTensors, checksum, layer_of
 from agentgym.errors import EngineError
 from agentgym.policy import SamplingParams
 

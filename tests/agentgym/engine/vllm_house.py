@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from agentgym import weight_file
 from agentgym.engine.gate import PublishMode, VersionedPolicy
 from agentgym.engine.protocol import Probe, WeightUpdate
-from agentgym.engine.vllm_carrier import SenderOptions
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_server import VllmServerOptions
+from agentgym.engine.vllm.carrier import SenderOptions
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.server import VllmServerOptions
 from agentgym.errors import InputError
 from agentgym.policy import Completion, SamplingParams
 

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from agentgym.engine.vllm_engine import VllmEngine
-from agentgym.engine.vllm_replica import _ROUTES
-from agentgym.engine.vllm_server import BACKEND
+from agentgym.engine.vllm.engine import VllmEngine
+from agentgym.engine.vllm.replica import _ROUTES
+from agentgym.engine.vllm.server import BACKEND
 
 TOKEN = 7
 HANGS_UP = 0

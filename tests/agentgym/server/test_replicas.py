@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from vllm_pretender import TOKEN, Pretender
 
-from agentgym.engine.vllm_engine import VllmEngine
+from agentgym.engine.vllm.engine import VllmEngine
 from agentgym.server.settings import ServiceConfig
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "1 up 2 left"}], "max_tokens": 3}

@@ -27,8 +27,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferInitInfo,
 )
 
-from agentgym.engine import vllm_sender
-from agentgym.engine.vllm_checked import Checked, NcclInitInfo, NcclUpdateInfo
+from agentgym.engine.vllm.inside import sender
+from agentgym.engine.vllm.inside.checked import Checked, NcclInitInfo, NcclUpdateInfo
 
 
 @dataclass
@@ -95,15 +95,15 @@ class GlooSender(NCCLTrainerWeightTransferEngine):
         pass
 
 
-def _meeting(meeting: vllm_sender.Meeting) -> GlooTrainerInitInfo:
+def _meeting(meeting: sender.Meeting) -> GlooTrainerInitInfo:
     return GlooTrainerInitInfo(
-        rank=0, master_address=meeting.host, master_port=vllm_sender.free_port(meeting.host),
+        rank=0, master_address=meeting.host, master_port=sender.free_port(meeting.host),
         world_size=1 + meeting.num_workers,
     )  # fmt: skip
 
 
 def register() -> None:
-    if "gloo" not in vllm_sender.CARRIERS:
-        vllm_sender.CARRIERS["gloo"] = _meeting
+    if "gloo" not in sender.CARRIERS:
+        sender.CARRIERS["gloo"] = _meeting
         WeightTransferTrainerFactory.register_engine("gloo", GlooSender)
         WeightTransferEngineFactory.register_engine("agentgym_gloo", GlooReceiver)

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from agentgym.engine.owned_folder import OWNER, OwnedFolder, remove_orphans
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineError
 
 _MEMORY = Path("/dev/shm")

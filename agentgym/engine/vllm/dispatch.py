@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from agentgym.engine.vllm_replica import ForeignWeightsError, ReplicaLostError, ReplicaPausedError, Sampling
-from agentgym.engine.vllm_seat import Seat
+from agentgym.engine.vllm.replica import ForeignWeightsError, ReplicaLostError, ReplicaPausedError, Sampling
+from agentgym.engine.vllm.seat import Seat
 from agentgym.errors import EngineDiedError, EngineError
 
 _QUIET_S = 0.03  # what a paused server still says of the requests that it interrupted arrives with no longer gaps

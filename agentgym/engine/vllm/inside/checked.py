@@ -2,7 +2,7 @@
 take the weights of their own model only, and every tensor is compared with what was sent before a layer gets it.
 
 Runs inside a vLLM worker, in vLLM's environment: imports vllm only. vLLM imports
-it by name once a server is started with one of them (vllm_plugin.py registers both).
+it by name once a server is started with one of them (plugin.py registers both).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from agentgym.engine.vllm_received import ComparedModel, check_model
-from agentgym.engine.vllm_reload import Reload
+from agentgym.engine.vllm.inside.received import ComparedModel, check_model
+from agentgym.engine.vllm.inside.reload import Reload
 
 
 @dataclass(kw_only=True)

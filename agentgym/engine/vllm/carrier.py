@@ -3,7 +3,7 @@ calls it by the version that it is.
 
 A server on a machine that sees the published files maps them itself: VllmReplica is that carrier. For one that takes
 weights from GPU to GPU (vLLM's NCCL or CUDA IPC), `Sender` is the service's end of a process in vLLM's environment
-(vllm_sender.py) that drives vLLM's own engines; requests to the server are made here.
+(inside/sender.py) that drives vLLM's own engines; requests to the server are made here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from agentgym.engine.owned_folder import OwnedFolder
-from agentgym.engine.vllm_facts import understood
-from agentgym.engine.vllm_replica import ReplicaLostError, VllmReplica
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.facts import understood
+from agentgym.engine.vllm.replica import ReplicaLostError, VllmReplica
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineError, InputError, UnavailableError
 
 PREFIX = "agentgym-sender-"
@@ -35,7 +35,7 @@ _PATIENCE_S = 360.0  # longer than a request to the server may take
 _TAIL_BYTES = 3000
 _log = logging.getLogger(__name__)
 # not with -m: a plug-in that adds a carrier must meet the module that runs
-_PROGRAM = "import sys; from agentgym.engine.vllm_sender import main; main(sys.argv[1])"
+_PROGRAM = "import sys; from agentgym.engine.vllm.inside.sender import main; main(sys.argv[1])"
 
 
 class Carrier(Protocol):
@@ -68,7 +68,7 @@ class SenderOptions:
 
     @property
     def backend(self) -> str:
-        """The back end of a server that takes from it; vllm_plugin.py registers them."""
+        """The back end of a server that takes from it; inside/plugin.py registers them."""
         return f"agentgym_{self.kind}"
 
     def device(self, index: int) -> str:

@@ -32,7 +32,7 @@ from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.plugins import load_general_plugins
 
-from agentgym.engine.vllm_plugin import mapped
+from agentgym.engine.vllm.inside.plugin import mapped
 
 _BUFFER_BYTES = 256 * 2**20  # of a GPU; NCCL has two
 

@@ -1,7 +1,7 @@
 """vLLM as one engine: N stock servers behind the protocol. Law: a replica serves the version of the engine, or nothing.
 
 A replica that dies is restarted and brought to the current version before it serves again; its requests go on elsewhere
-from the tokens they have (vllm_dispatch.py). One that fails to take new weights, or whose logprobs are not the
+from the tokens they have (dispatch.py). One that fails to take new weights, or whose logprobs are not the
 trainer's, is treated as dead. Servers are started here (`VllmEngine.start`) or run already (`VllmEngine.connect`). Must
 never know a message.
 """
@@ -19,14 +19,14 @@ from typing import Any
 
 from agentgym.engine.owned_folder import remove_orphans
 from agentgym.engine.protocol import EngineStats, PauseMode, Probe, WeightUpdate
-from agentgym.engine.vllm_adapters import AdapterShelf
-from agentgym.engine.vllm_carrier import PREFIX, SenderOptions, check_senders
-from agentgym.engine.vllm_dispatch import Dispatch
-from agentgym.engine.vllm_facts import shape_of
-from agentgym.engine.vllm_replica import ReplicaLostError, Sampling
-from agentgym.engine.vllm_seat import ReplicaStatus, Seat
-from agentgym.engine.vllm_server import VllmServerOptions, python_with_vllm, remove_left_folders
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.adapters import AdapterShelf
+from agentgym.engine.vllm.carrier import PREFIX, SenderOptions, check_senders
+from agentgym.engine.vllm.dispatch import Dispatch
+from agentgym.engine.vllm.facts import shape_of
+from agentgym.engine.vllm.replica import ReplicaLostError, Sampling
+from agentgym.engine.vllm.seat import ReplicaStatus, Seat
+from agentgym.engine.vllm.server import VllmServerOptions, python_with_vllm, remove_left_folders
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineDiedError, EngineError, InputError, PromptTooLongError, VersionError
 from agentgym.policy import OnTokens, SamplingParams, Segment
 

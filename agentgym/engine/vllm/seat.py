@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from agentgym.engine.protocol import PauseMode, Probe
-from agentgym.engine.vllm_carrier import Carrier, Sender, SenderOptions
-from agentgym.engine.vllm_replica import VllmReplica
-from agentgym.engine.vllm_server import BACKEND, VllmServer, VllmServerOptions, until_answering
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.carrier import Carrier, Sender, SenderOptions
+from agentgym.engine.vllm.replica import VllmReplica
+from agentgym.engine.vllm.server import BACKEND, VllmServer, VllmServerOptions, until_answering
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import AgentGymError, EngineDiedError, EngineError, InputError
 
 SeatState = Literal["starting", "serving", "lost"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from agentgym.errors import EngineError
 
-_ROW = 1024  # words; as in vllm_plugin.py, which computes the same sums with torch
+_ROW = 1024  # words; as in inside/received.py, which computes the same sums with torch
 _COLUMN_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _ROW_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 _LENGTH_FACTOR = 0x94D049BB133111EB

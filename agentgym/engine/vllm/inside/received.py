@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_ROW = 1024  # words; as in vllm_weights.py, which computes the same sums with numpy
+_ROW = 1024  # words; as in ../weights.py, which computes the same sums with numpy
 _COLUMN_FACTOR = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed word
 _ROW_FACTOR = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _LENGTH_FACTOR = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB

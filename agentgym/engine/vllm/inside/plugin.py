@@ -5,7 +5,7 @@ vLLM's environment, where this distribution is installed without its dependencie
 only. vLLM finds `register` through the entry-point group `vllm.general_plugins`.
 
 An update begins with two calls of /update_weights: "stage" begins to map and compare in a thread while the engine
-samples, and on the CPU makes the new layers there (vllm_beside.py); "verify" waits for that and raises what is wrong
+samples, and on the CPU makes the new layers there (beside.py); "verify" waits for that and raises what is wrong
 with the file. /finish_weight_update, the one call in a pause, swaps them in, or loads. "discard" forgets what was
 staged. vLLM reloads layer by layer and repacks a layer on the CPU when it is whole, so whoever sends names sends all
 names of a layer.
@@ -28,9 +28,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
 
-from agentgym.engine.vllm_beside import Beside
-from agentgym.engine.vllm_received import check_model, compare
-from agentgym.engine.vllm_reload import Reload, modules_of
+from agentgym.engine.vllm.inside.beside import Beside
+from agentgym.engine.vllm.inside.received import check_model, compare
+from agentgym.engine.vllm.inside.reload import Reload, modules_of
 
 BACKEND = "agentgym_file"
 _CHECKED = {"agentgym_nccl": "CheckedNccl", "agentgym_ipc": "CheckedIpc"}
@@ -42,7 +42,7 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransferEngine)
         for name, checked in _CHECKED.items():  # imported only by a server that has one
-            WeightTransferEngineFactory.register_engine(name, "agentgym.engine.vllm_checked", checked)
+            WeightTransferEngineFactory.register_engine(name, "agentgym.engine.vllm.inside.checked", checked)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Keeps a vLLM server for as long as its owner lives. Law: when the owner is gone, however it went, so is the server
 with all its processes.
 
-Run as a script of the standard library only: `python vllm_keeper.py OWNER_PID COMMAND...`. The owner holds this
+Run as a script of the standard library only: `python keeper.py OWNER_PID COMMAND...`. The owner holds this
 process's stdin open. A vLLM server is a tree of processes (HTTP, engine core, workers); one of them that dies alone
 takes the others with it, and orphans come to this process, which ends their group: Python's resource tracker last, for
 it gives back the shared memory (400 MB) of those that were killed.

@@ -21,9 +21,9 @@ import httpx
 import msgspec
 
 from agentgym.engine.protocol import PauseMode
-from agentgym.engine.vllm_facts import ServerFacts, understood
-from agentgym.engine.vllm_stream import StreamClient
-from agentgym.engine.vllm_weights import PublishedTensors
+from agentgym.engine.vllm.facts import ServerFacts, understood
+from agentgym.engine.vllm.stream import StreamClient
+from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineDiedError, EngineError, InputError
 from agentgym.policy import FinishReason, OnTokens, SamplingParams, Segment
 
@@ -366,7 +366,7 @@ class VllmReplica:
             raise understood(self.name, error) from error
 
     async def control(self, route: str, body: Mapping[str, Any] | None) -> None:
-        """What a sender of weights asks of the server (vllm_carrier.py). Raises ReplicaLostError, EngineError."""
+        """What a sender of weights asks of the server (carrier.py). Raises ReplicaLostError, EngineError."""
         if route == "/start_weight_update":
             await self.open_update()
         else:

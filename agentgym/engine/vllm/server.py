@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from agentgym.engine import vllm_keeper
 from agentgym.engine.owned_folder import OwnedFolder, remove_orphans
+from agentgym.engine.vllm import keeper
 from agentgym.errors import EngineDiedError, InputError, UnavailableError
 
-BACKEND = "agentgym_file"  # the first of those that vllm_plugin.py registers
+BACKEND = "agentgym_file"  # the first of those that inside/plugin.py registers
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
 _LORA_SLOTS = 2  # the adapter that is served and the one that will be
 _PREFIX = "agentgym-vllm-"
@@ -88,7 +88,7 @@ class VllmServer:
             command = _command(model_folder, options, folder.path / "http.sock")
             with open(folder.path / "log", "wb") as log:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-I", "-S", vllm_keeper.__file__, str(os.getpid()), *command,
+                    sys.executable, "-I", "-S", keeper.__file__, str(os.getpid()), *command,
                     stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, cwd=folder.path,
                     env=os.environ | _environment(options, folder.path),
                 )  # fmt: skip
