@@ -76,32 +76,28 @@ class SenderOptions:
 
 
 async def check_senders(options: SenderOptions) -> None:
-    """Raises UnavailableError or InputError where senders could not work. Takes seconds, not a server's start."""
-    if options.kind not in ("nccl", "ipc"):  # a plug-in's own
-        return
-    count = await _count_gpus(options.python)
-    if count == 0:
-        raise UnavailableError(
-            f"engine.weight_transfer = {options.kind!r} carries weights from a GPU of this machine, and "
-            f"{options.python} sees none; use 'file'"
-        )
-    for device in options.devices:
-        if device.isdigit() and int(device) >= count:
-            raise InputError(f"engine.sender_devices names the GPU {device}, and this machine has {count}")
+    """Raises UnavailableError where senders could not work. Takes seconds, not a server's start."""
+    if options.kind in ("nccl", "ipc"):  # and not a plug-in's own
+        await asyncio.gather(*(_check_gpu(options, device) for device in dict.fromkeys(options.devices)))
 
 
-async def _count_gpus(python: Path) -> int:
+async def _check_gpu(options: SenderOptions, device: str) -> None:
     probe = "import torch; print(torch.cuda.device_count())"
     try:
         process = await asyncio.create_subprocess_exec(
-            str(python), "-c", probe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            str(options.python), "-c", probe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=_environment(device),
+        )  # fmt: skip
     except OSError as error:
-        raise UnavailableError(f"engine.vllm_python {python} cannot be run: {error}") from error
+        raise UnavailableError(f"engine.vllm_python {options.python} cannot be run: {error}") from error
     output, trouble = await process.communicate()
     if not output.strip().isdigit():
-        raise UnavailableError(f"engine.vllm_python {python} does not run: {trouble.decode()[-500:]}")
-    return int(output)
+        raise UnavailableError(f"engine.vllm_python {options.python} does not run: {trouble.decode()[-500:]}")
+    if int(output) == 0:
+        raise UnavailableError(
+            f"engine.weight_transfer = {options.kind!r} carries weights from the GPU {device!r} of this machine, and "
+            f"{options.python} sees none by that name; name another in engine.sender_devices, or use 'file'"
+        )
 
 
 class Sender:

@@ -221,12 +221,14 @@ def _environment(options: VllmServerOptions, folder: Path) -> dict[str, str]:
     sockets: dict[str, str] = {}
     if len(os.fsencode(folder)) + _LONGEST_NAME <= _LONGEST_SOCKET:
         sockets["VLLM_RPC_BASE_PATH"] = str(folder)  # a server that is killed leaves its sockets where we clean up
-    devices = {"CUDA_VISIBLE_DEVICES": options.devices} if options.devices else {}
+    gpus: dict[str, str] = {}
+    if options.devices:
+        gpus["CUDA_VISIBLE_DEVICES"] = options.devices
+    if options.backend == "agentgym_ipc":  # handles come pickled, from this service, on a socket that is this user's
+        gpus["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return {
         **sockets,
-        **devices,
-        # handles of CUDA IPC come pickled, from this service, on a socket that is this user's
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": str(int(options.backend == "agentgym_ipc")),
+        **gpus,
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(options.max_lora_rank is not None)),
         "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),

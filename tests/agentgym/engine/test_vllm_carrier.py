@@ -193,7 +193,7 @@ def test_a_server_that_runs_already_is_taken_over_and_one_of_another_model_refus
 def test_a_machine_without_a_gpu_is_told_so_before_anything_starts(kind: str, folder: Path) -> None:
     async def main() -> None:
         senders = SenderOptions(Path(sys.executable), kind, ("0",))
-        message = rf"weight_transfer = '{kind}' carries weights from a GPU .* sees none; use 'file'"
+        message = rf"weight_transfer = '{kind}' carries weights from the GPU '0' .* sees none by that name; .* 'file'"
         with pytest.raises(UnavailableError, match=message):
             await VllmEngine.connect(folder, ["http://127.0.0.1:9"], max_context=64, senders=senders)
         with pytest.raises(UnavailableError, match=r"no-python cannot be run"):

@@ -66,7 +66,7 @@ CARRIERS: dict[str, Callable[[Meeting], TrainerInitInfo]] = {"nccl": _nccl, "ipc
 
 def free_port(host: str) -> int:
     """A port of this machine that nobody listens on just now."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
