@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from agentgym.engine.vllm.inside.layers import layer_of
 from agentgym.errors import EngineError
 
 _ROW = 1024  # words; as in inside/received.py, which computes the same sums with torch
@@ -60,15 +61,6 @@ class PublishedTensors:
             return dict(self.checksums)
         layers = {layer_of(name) for name, value in self.checksums.items() if loaded[name] != value}
         return {name: value for name, value in self.checksums.items() if layer_of(name) in layers}
-
-
-def layer_of(name: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`; `model.norm` of `model.norm.weight`."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return ".".join(parts[:-1])
 
 
 def checksum(data: np.ndarray) -> str:

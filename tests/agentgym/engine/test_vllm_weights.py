@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from agentgym.engine.vllm.inside.layers import layer_of
 from agentgym.engine.vllm.replica import Sampling, derived_seed
-from agentgym.engine.vllm.weights import PublishedTensors, checksum, layer_of
+from agentgym.engine.vllm.weights import PublishedTensors, checksum
 from agentgym.errors import EngineError
 from agentgym.policy import SamplingParams
 

@@ -13,6 +13,8 @@ from torch import nn
 from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from agentgym.engine.vllm.inside.layers import layer_of
+
 
 class Reload:
     """From the first tensor to the last: the model's own `load_weights` is called in between, with tensors by `names`,
@@ -55,12 +57,3 @@ def modules_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     except AttributeError:
         return [model]
     return list({id(module): module for module in found}.values())
-
-
-def layer_of(name: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`; `model.norm` of `model.norm.weight`."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return ".".join(parts[:-1])
