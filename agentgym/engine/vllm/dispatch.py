@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from agentgym.engine.vllm.replica import ForeignWeightsError, ReplicaLostError, ReplicaPausedError, Sampling
+from agentgym.engine.vllm.replica import ForeignWeightsError, ReplicaLostError, ReplicaPausedError
+from agentgym.engine.vllm.sampling import Sampling
 from agentgym.engine.vllm.seat import Seat
 from agentgym.errors import EngineDiedError, EngineError
 

@@ -23,7 +23,8 @@ from agentgym.engine.vllm.adapters import AdapterShelf
 from agentgym.engine.vllm.carrier import PREFIX, SenderOptions, check_senders
 from agentgym.engine.vllm.dispatch import Dispatch
 from agentgym.engine.vllm.facts import shape_of
-from agentgym.engine.vllm.replica import ReplicaLostError, Sampling
+from agentgym.engine.vllm.replica import ReplicaLostError
+from agentgym.engine.vllm.sampling import Sampling
 from agentgym.engine.vllm.seat import ReplicaStatus, Seat
 from agentgym.engine.vllm.server import VllmServerOptions, python_with_vllm, remove_left_folders
 from agentgym.engine.vllm.weights import PublishedTensors

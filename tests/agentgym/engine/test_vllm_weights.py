@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from agentgym.engine.vllm.inside.layers import layer_of
-from agentgym.engine.vllm.replica import Sampling, derived_seed
+from agentgym.engine.vllm.replica import derived_seed
+from agentgym.engine.vllm.sampling import Sampling
 from agentgym.engine.vllm.weights import PublishedTensors, checksum
 from agentgym.errors import EngineError
 from agentgym.policy import SamplingParams
