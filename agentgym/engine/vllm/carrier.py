@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from agentgym.engine.owned_folder import OwnedFolder
 from agentgym.engine.vllm.facts import understood
 from agentgym.engine.vllm.replica import ReplicaLostError, VllmReplica
+from agentgym.engine.vllm.server import answer_of
 from agentgym.engine.vllm.weights import PublishedTensors
 from agentgym.errors import EngineError, InputError, UnavailableError
 
@@ -83,17 +84,7 @@ async def check_senders(options: SenderOptions) -> None:
 
 async def _check_gpu(options: SenderOptions, device: str) -> None:
     probe = "import torch; print(torch.cuda.device_count())"
-    try:
-        process = await asyncio.create_subprocess_exec(
-            str(options.python), "-c", probe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=_environment(device),
-        )  # fmt: skip
-    except OSError as error:
-        raise UnavailableError(f"engine.vllm_python {options.python} cannot be run: {error}") from error
-    output, trouble = await process.communicate()
-    if not output.strip().isdigit():
-        raise UnavailableError(f"engine.vllm_python {options.python} does not run: {trouble.decode()[-500:]}")
-    if int(output) == 0:
+    if await answer_of(options.python, probe, _environment(device)) == 0:
         raise UnavailableError(
             f"engine.weight_transfer = {options.kind!r} carries weights from the GPU {device!r} of this machine, and "
             f"{options.python} sees none by that name; name another in engine.sender_devices, or use 'file'"

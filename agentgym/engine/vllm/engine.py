@@ -115,6 +115,7 @@ class VllmEngine:
             raise InputError(f"engine.vllm_urls must be one or more different URLs, got {list(urls)}")
         if senders is not None:
             await check_senders(senders)
+            await python_with_vllm(senders.python)
         engine = cls(model_folder, max_context, dtype, max_lora_rank, senders=senders)
         engine.seats += [Seat(engine, f"vllm at {url}", None, url, index) for index, url in enumerate(urls)]
         return await engine._begin()

